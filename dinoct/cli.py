@@ -1,0 +1,109 @@
+"""What all commands share: compose, run, one clear line on an error, an exit status.
+
+Nothing heavy is imported here, so that `--help` and a mistyped key answer at once.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened instead of printing its own digest
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from dinoct.errors import DinoctError
+
+DONE, ERROR, FAILED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task ends with: the exit status, and the figure that a sweep may optimise (smaller is better)."""
+
+    status: int = DONE
+    objective: float | None = None
+
+
+def run_command(
+    config_name: str,
+    task: Callable[[DictConfig], Outcome],
+    schema: type,
+    *,
+    before: Callable[[Sequence[str]], None] = lambda _: None,
+) -> int:
+    """Compose the primary config `config_name` from ``sys.argv`` and run `task` on it.
+
+    Args:
+        config_name: a file of `conf/` without its ending.
+        task: gets the composed config.
+        schema: the dataclass of the config, for suggestions on misspelt keys.
+        before: sees the command line's arguments first and may refuse them.
+    Returns:
+        The exit status: the task's, or 1 after an error of which one line stands on stderr.
+    """
+    status = DONE
+
+    def remember(cfg: DictConfig) -> float | None:
+        nonlocal status
+        try:
+            outcome = task(cfg)
+        except DinoctError as error:  # caught here: Hydra would print the overrides beside it and end a sweep
+            complain(str(error))
+            outcome = Outcome(ERROR, float("inf"))
+        status = max(status, outcome.status)
+        if status > 128 and HydraConfig.get().mode == RunMode.MULTIRUN:
+            sys.exit(status)  # stopped by a signal: the sweep's other jobs do not start
+        return outcome.objective
+
+    try:
+        before(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path="pkg://dinoct.conf", config_name=config_name)(remember)()
+    except DinoctError as error:
+        status = complain(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        status = complain(explain_config_error(error, schema, sys.argv[1:]))
+    except KeyboardInterrupt:
+        status = complain("interrupted", status=130)
+    return status
+
+
+def complain(message: str, *, status: int = ERROR) -> int:
+    """One line on stderr; returns the exit status."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def explain_config_error(error: Exception, schema: type, overrides: Sequence[str]) -> str:
+    """One sentence for an error of Hydra or OmegaConf, with the nearest key where one was misspelt."""
+    text = str(error)
+    known = set(option_keys(schema))
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        unknown = "=" in override and not override.startswith("hydra") and key not in known
+        if unknown and f"'{key.rsplit('.', 1)[-1]}'" in text.replace(key, key.rsplit(".", 1)[-1]):
+            near = difflib.get_close_matches(key, known, n=1)
+            return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "") + " (see --cfg job)"
+    if "Missing mandatory value" in text:
+        key = text.split(":", 1)[1].split()[0]
+        return f"{key} is needed: give {key}=..."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    drop = ("full_key:", "object_type=", "Set the environment", "reference_type=", "Config search path", "Did you mean")
+    return " ".join(line for line in lines if not line.startswith(drop))
+
+
+def option_keys(schema: type, prefix: str = "") -> list[str]:
+    """All keys that a user may set, dotted: the public option surface."""
+    keys = []
+    for item in fields(schema):
+        name = f"{prefix}{item.name}"
+        keys.append(name)
+        if is_dataclass(item.type):
+            keys += option_keys(item.type, f"{name}.")
+    return keys

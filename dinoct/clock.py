@@ -1,0 +1,42 @@
+"""Rates of a run: per record of the log, and for the line on the console."""
+
+import time
+
+LINE_EVERY_S = 10.0
+
+
+class Clock:
+    """Counts steps and samples against the wall clock, from `start` on."""
+
+    def start(self, step: int, samples: int) -> None:
+        now = time.perf_counter()
+        self.began = now
+        self._line = (now, step, samples)
+        self._record = (now, step, samples)
+        self._waited = 0.0
+
+    def rates(self, step: int, samples: int, waited: float) -> dict[str, float]:
+        """Scalars since the last record; `waited` is all the time spent waiting for data so far, in seconds."""
+        now, (then, last_step, last_samples) = time.perf_counter(), self._record
+        span = max(now - then, 1e-9)
+        out = {
+            "Train/samples_seen": float(samples),
+            "Train/steps_per_s": (step - last_step) / span,
+            "Train/samples_per_s": (samples - last_samples) / span,
+            "Train/data_wait_share": min((waited - self._waited) / span, 1.0),
+        }
+        self._record, self._waited = (now, step, samples), waited
+        return out
+
+    def line_due(self) -> bool:
+        return time.perf_counter() - self._line[0] >= LINE_EVERY_S
+
+    def line(self, step: int, samples: int, loss: float) -> str:
+        """The console's line; rates since the last line."""
+        now, (then, last_step, last_samples) = time.perf_counter(), self._line
+        span = max(now - then, 1e-9)
+        self._line = (now, step, samples)
+        return (
+            f"step={step:6d} loss={loss:.4f} steps/s={(step - last_step) / span:.2f} "
+            f"samples/s={(samples - last_samples) / span:.1f} elapsed={now - self.began:.1f}s"
+        )

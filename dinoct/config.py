@@ -1,0 +1,291 @@
+"""The settings: one dataclass per group of `conf/`, and the one place that instantiates a `_target_`.
+
+Hydra composes `conf/` into these schemas, so an unknown key, a wrong type or a misspelt group is an error before
+anything runs. Rules that concern several keys are in `dinoct.validate`. Fields that may be ``None`` are filled by
+`dinoct.hardware` or from the checkpoint, and what filled them is printed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass
+class ModelConfig:
+    name: str = "custom"
+    patch: int = 16
+    dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    img_size: int = 224
+    registers: int = 4  # extra tokens that take up global information (arXiv:2309.16588)
+    layer_scale: float | None = None  # initial LayerScale; null: no LayerScale
+    drop_path: float = 0.0
+    init_from: str | None = None  # weights to start from: a dinoct checkpoint or a timm-style state dict
+
+
+@dataclass
+class HardwareConfig:
+    name: str = "auto"
+    device: str = "auto"  # auto | cuda | rocm | cpu
+    num_workers: int | None = None
+    pin_memory: bool | None = None
+    batch_size: int | None = None  # recommended; used where train.batch_size is null
+    threads: int | None = None  # torch's threads on the CPU; part of what makes a run repeatable bit for bit
+
+
+@dataclass
+class WindowConfig:
+    """Random display window: [centre - width / 2, centre + width / 2] HU becomes [0, 1]."""
+
+    center: list[float] = field(default_factory=lambda: [-450.0, -150.0])
+    width: list[float] = field(default_factory=lambda: [1000.0, 1800.0])
+
+
+@dataclass
+class AugConfig:
+    name: str = "spatial_strong"
+    global_crops: int = 2
+    global_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # share of the slice's area
+    local_crops: int = 0
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
+    local_size: int | None = None  # pixels; null: the multiple of model.patch nearest to 96
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])  # width / height of a crop
+    flip: float = 0.5  # probability
+    window: WindowConfig = field(default_factory=WindowConfig)
+    blur: float = 0.0  # probability of a Gaussian blur
+    noise: float = 0.0  # probability of Gaussian noise
+    min_body: float = 0.1  # a crop with less body (> -500 HU) than this is drawn again, 10 times at most
+
+
+@dataclass
+class EngineConfig:
+    _target_: str = "dinoct.engine.Engine"
+
+
+@dataclass
+class DataConfig:
+    root: str | None = "data/processed"
+    index_csv: str | None = None  # null: ROOT/_index/index.csv
+    split_manifest: str | None = None  # null: ROOT/_splits/val10_seed{split_seed}.json
+    split_seed: int = 0  # apart from seed: another training seed moves no patient
+
+
+@dataclass
+class SplitConfig:
+    val_fraction: float = 0.1  # of the patients
+    val_patients: list[str] = field(default_factory=list)  # names them outright: PatientIDs or keys of the index
+
+
+@dataclass
+class DinoConfig:
+    weight: float = 1.0
+    centering: str = "softmax"  # softmax | sinkhorn
+    center_momentum: float = 0.9
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    teacher_temperature_start: float = 0.04
+    teacher_warmup: float = 0.3  # share of optim.horizon
+
+
+@dataclass
+class GramConfig:
+    """Gram anchoring is always on: there is no key to switch it off, and the weight has a floor."""
+
+    weight: float = 1.0
+    teacher: str = "ema"  # ema | lagged | snapshot
+    lag: float = 0.1  # lagged: the copy is renewed when older than this share of the steps so far
+    snapshot_at: float = 0.2  # snapshot: taken at this share of optim.horizon, the EMA teacher until then
+
+
+@dataclass
+class IbotConfig:
+    weight: float = 0.0
+    mask_probability: float = 0.5  # share of the global crops that are masked
+    mask_ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])
+
+
+@dataclass
+class KoleoConfig:
+    weight: float = 0.1  # per global crop
+
+
+@dataclass
+class LossConfig:
+    name: str = "dino_gram"
+    out_dim: int = 8192  # prototypes K
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
+    ibot: IbotConfig = field(default_factory=IbotConfig)
+    koleo: KoleoConfig = field(default_factory=KoleoConfig)
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 5e-4  # absolute, for an effective batch of 256
+    min_lr: float = 1e-6
+    warmup: float = 0.1  # share of horizon
+    horizon: int | None = None  # length of all schedules in steps; null: train.max_steps, or 100,000 without one
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip: float = 3.0  # largest gradient norm
+    layer_decay: float = 0.9  # learning rate of block i: lr * layer_decay ** (depth + 1 - i)
+    patch_embed_lr: float = 0.2  # factor on the patch embedding's learning rate
+    freeze_last_layer: float = 0.01  # share of horizon in which the prototypes do not move
+    teacher_momentum: float = 0.994
+    teacher_momentum_end: float = 1.0
+
+
+@dataclass
+class CkptConfig:
+    every: int = 100
+    keep_last: int = 5
+    keep_every: int | None = None  # milestones outside the rotation
+
+
+@dataclass
+class TrackerConfig:
+    every: int = 10  # steps between two records
+    tensorboard: bool = True
+    wandb: str = "offline"  # offline | online | disabled
+    project: str = "dinoct"
+    group: str | None = None  # null: the sweep's folder in a sweep
+    name: str | None = None  # null: the run folder's name
+    tags: list[str] = field(default_factory=list)
+    images: bool = False  # pictures of slices go to W&B only when asked
+
+
+@dataclass
+class ProbeConfig:
+    """View retrieval: fixed views of held-out slices, the same for every run."""
+
+    scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    flip: float = 0.5
+    window: WindowConfig = field(default_factory=WindowConfig)
+    seed: int = 0
+    batch_size: int = 64
+    min_ratio: float = 3.0  # pass: top1 / (1 / n) at least this
+    min_feature_std: float = 0.2  # pass: normalised feature std at least this
+    max_mean_cosine: float = 0.95  # pass: mean cosine between different slices at most this
+    bootstrap: int = 1000
+
+
+@dataclass
+class ParallelConfig:
+    processes: int = 1
+
+
+@dataclass
+class StepsConfig:
+    max_steps: int | None = None  # optimiser updates; null: until stopped
+    batch_size: int | None = None  # slices per forward; null: the hardware preset's
+    accumulation_steps: int | None = None  # null: what makes the effective batch 256
+    grad_checkpoint: bool = False
+    amp: bool | None = None  # bf16 autocast; null: where the device has bf16
+
+
+@dataclass
+class MonitorEvery:
+    every: int | None = 1000
+
+
+@dataclass
+class EvalEvery:
+    every: int | None = None
+    n: int = 512
+
+
+@dataclass
+class TrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    aug: AugConfig = field(default_factory=AugConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: StepsConfig = field(default_factory=StepsConfig)
+    monitor: MonitorEvery = field(default_factory=MonitorEvery)
+    eval: EvalEvery = field(default_factory=EvalEvery)
+    seed: int = 0
+    run_dir: str | None = None  # null: outputs/runs/YYYYMMDD_HHMMSS
+    resume: str | None = None  # auto | path of a checkpoint
+
+
+@dataclass
+class PhantomConfig:
+    patients: int = 12
+    slices: int = 24
+    size: int = 256
+
+
+@dataclass
+class PrepareSettings:
+    workers: int | None = None  # null: one per core
+    max_reject_fraction: float = 0.25
+    file_timeout_s: float = 60.0
+
+
+@dataclass
+class PrepareConfig:
+    source: Any = MISSING  # a folder, a list of folders, or "phantom"
+    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    explain: str | None = None  # a file id of rejects.csv: print what file it is, and do nothing else
+    seed: int = 0
+
+
+@dataclass
+class EvalConfig:
+    checkpoint: str = MISSING
+    n: int = 4096
+    data: DataConfig = field(default_factory=lambda: DataConfig(root=None))  # null: as the checkpoint's run
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    out: str | None = None  # folder; null: beside the checkpoint
+
+
+@dataclass
+class MonitorConfig:
+    checkpoint: str = MISSING
+    data: DataConfig = field(default_factory=lambda: DataConfig(root=None))
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    out: str | None = None
+    slice_id: str | None = None  # null: the middle slice of the first validation series
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; called by `conf/__init__.py`, so that no entry point can forget it."""
+    store = ConfigStore.instance()
+    for name, schema in (
+        ("train_schema", TrainConfig),
+        ("prepare_schema", PrepareConfig),
+        ("eval_schema", EvalConfig),
+        ("monitor_schema", MonitorConfig),
+    ):
+        store.store(name=name, node=schema)
+
+
+def to_object(cfg: DictConfig) -> Any:
+    """The composed config as plain dataclasses; raises what OmegaConf raises for missing values."""
+    return OmegaConf.to_object(cfg)
+
+
+def build_engine(node: EngineConfig, **parts: Any) -> Any:
+    """The engine class named by the composed config, never by a checkpoint's."""
+    from hydra.utils import instantiate
+
+    # partial, so that Hydra does not turn the parts, which are dataclasses too, into containers
+    return instantiate({"_target_": node._target_, "_partial_": True})(**parts)

@@ -1,0 +1,59 @@
+"""What a run says: lines on the console and in train.log, and a progress display where there is a terminal."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+log = logging.getLogger("dinoct")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints through rich, so that lines and the progress display do not tear each other."""
+
+    STYLES: ClassVar = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bold red"}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = self.STYLES.get(record.levelno)
+        prefix = f"{record.levelname}: " if style else ""
+        console.print(prefix + record.getMessage(), style=style, markup=False)
+
+
+@contextmanager
+def run_log(path: Path | None = None) -> Iterator[logging.Logger]:
+    """Log to the console, and to the file `path` with times, until the block ends."""
+    handlers: list[logging.Handler] = [_ConsoleHandler(level=logging.INFO)]
+    if path is not None:
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield log
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def progress(unit: str) -> Progress:
+    """A progress display with a rate-free bar; it draws nothing where the output is not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,149 @@
+"""Index rows to batches of views. Order and augmentation are pure functions of (seed, position)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dinoct.config import DataConfig
+from dinoct.data.index import SliceIndex
+from dinoct.data.splits import SplitManifest
+from dinoct.data.store import SliceStore
+from dinoct.data.views import ViewMaker, letterbox
+from dinoct.errors import ConfigError
+from dinoct.models.ssl import CropBatch
+
+
+def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
+    """Index, split manifest and store of a data config.
+
+    Without a root the store is found relative to the index.
+
+    Raises:
+        ConfigError: naming the key, where nothing is given or a file is not there.
+    """
+    if data.root is None and data.index_csv is None:
+        raise ConfigError("data.root is needed: the folder that dinoct-prepare wrote")
+    root = Path(data.root) if data.root else Path(data.index_csv).absolute().parent.parent
+    index = Path(data.index_csv) if data.index_csv else root / "_index" / "index.csv"
+    split = Path(data.split_manifest) if data.split_manifest else root / "_splits" / f"val10_seed{data.split_seed}.json"
+    if not index.is_file():
+        key = "data.index_csv" if data.index_csv else "data.root"
+        raise ConfigError(f"{key}: there is no index at {index}; run dinoct-prepare source=... data.root={root}")
+    if not split.is_file():
+        have = ", ".join(sorted(path.name for path in split.parent.glob("*.json"))) or "none"
+        raise ConfigError(f"data.split_manifest: there is no split manifest at {split} (there: {have})")
+    return index, split, index.absolute().parent.parent / "store"
+
+
+def open_split(data: DataConfig) -> tuple[SliceIndex, SliceIndex, SliceStore, SplitManifest]:
+    """Training rows, validation rows, store and manifest; patients of the two sides are disjoint.
+
+    Raises:
+        ConfigError: where a file is missing or a side is empty.
+    """
+    index_csv, split_json, store = data_paths(data)
+    index, manifest = SliceIndex.load(index_csv), SplitManifest.load(split_json)
+    train, val = manifest.masks(index)
+    for side, mask in (("training", train), ("validation", val)):
+        if not mask.any():
+            raise ConfigError(f"data.split_manifest: {split_json} leaves no slice for {side}")
+    return index.select(train), index.select(val), SliceStore(store), manifest
+
+
+def read_slice(index: SliceIndex, store: SliceStore, i: int) -> np.ndarray:
+    """Slice i as square ``[N, N]`` int16 HU."""
+    hu = store.read(index.series_name(i), int(index.row[i]))
+    return letterbox(hu, (float(index.spacing_row_mm[i]), float(index.spacing_col_mm[i])))
+
+
+def sample_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Order of the n slices in an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class SliceViews(Dataset):
+    """Item p is the p-th sample of the endless stream of epochs."""
+
+    def __init__(self, index: SliceIndex, store: SliceStore, views: ViewMaker, *, seed: int):
+        self.index, self.store, self.views, self.seed = index, store, views, seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def slice_at(self, position: int) -> tuple[int, int]:
+        """(epoch, row of the index) at a position of the stream."""
+        epoch, offset = divmod(position, len(self.index))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, sample_order(self.seed, epoch, len(self.index)))
+        return epoch, int(self._order[1][offset])
+
+    def __getitem__(self, position: int) -> dict:
+        epoch, i = self.slice_at(position)
+        rng = np.random.default_rng([self.seed, epoch, i, 1])  # the 1 keeps it apart from the order's generator
+        item = self.views(read_slice(self.index, self.store, i), rng)
+        return item | {"group": int(self.index.series[i]), "position": position}
+
+
+class StreamSampler(Sampler[list[int]]):
+    """Consecutive positions in micro-batches, endlessly, from any position on."""
+
+    def __init__(self, *, start: int, batch_size: int):
+        self.start, self.batch_size = start, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.start
+        while True:
+            yield list(range(position, position + self.batch_size))
+            position += self.batch_size
+
+
+def collate(items: list[dict]) -> CropBatch:
+    """Samples to a batch, crop by crop (see `CropBatch`)."""
+
+    def crops(key: str) -> torch.Tensor | None:
+        stacked = np.stack([item[key] for item in items], axis=1)  # [V, B, s, s]
+        return torch.from_numpy(stacked.reshape(-1, 1, *stacked.shape[2:])) if stacked.size else None
+
+    masks = np.stack([item["masks"] for item in items], axis=1)  # [Vg, B, P]
+    return CropBatch(
+        global_crops=crops("global"),
+        local_crops=crops("local"),
+        masks=torch.from_numpy(masks.reshape(-1, masks.shape[-1])) if masks.any() else None,
+        groups=torch.tensor([item["group"] for item in items]),
+        positions=[item["position"] for item in items],
+    )
+
+
+def train_loader(dataset: SliceViews, *, start: int, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Micro-batches from position `start` on.
+
+    The loader has a random generator of its own: creating its iterator draws from the global one otherwise, and a
+    resumed run would differ from an uninterrupted one.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=StreamSampler(start=start, batch_size=batch_size),
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+        persistent_workers=False,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _start_worker(_: int) -> None:
+    import signal
+
+    import cv2
+
+    # Ctrl+C reaches every process of the terminal; the parent alone decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,168 @@
+"""The pixels of one slice: decode, rescale to HU, map padding to air, clip."""
+
+import struct
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from openjpeg import get_parameters
+from pydicom import dcmread
+from pydicom.encaps import get_frame
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    ExplicitVRBigEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+from dinoct.data.header import Refused, SliceHeader
+
+HU_MIN, HU_MAX = -1024, 3071
+# One decoder per syntax: which one pydicom would pick depends on what else is installed (Pillow takes JPEG 2000).
+PLUGINS = {
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000: "pylibjpeg",
+    JPEG2000Lossless: "pylibjpeg",
+    HTJ2K: "pylibjpeg",
+    HTJ2KLossless: "pylibjpeg",
+    HTJ2KLosslessRPCL: "pylibjpeg",
+    RLELossless: "pydicom",
+    JPEGLossless: "gdcm",
+    JPEGLosslessSV1: "gdcm",
+    JPEGBaseline8Bit: "gdcm",
+    JPEGExtended12Bit: "gdcm",
+}
+_FRAME_HEADERS = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2", b"\xff\xc3", b"\xff\xf7")  # SOF0 to SOF3, SOF55
+
+
+def read_stored(handle: BinaryIO, header: SliceHeader) -> np.ndarray:
+    """Decode the stored values of one slice: int16 or uint16 [rows, cols]. Raises Refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels = _decode(handle, header)
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # decoders raise RuntimeError, ValueError, struct.error and others
+        raise Refused(f"pixel data cannot be decoded ({type(error).__name__})") from None
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    if pixels.shape != (header.rows, header.cols) or pixels.dtype not in (np.int16, np.uint16):
+        raise Refused("decoded pixels do not fit Rows, Columns and bits")
+    return pixels
+
+
+def _decode(handle: BinaryIO, header: SliceHeader) -> np.ndarray:
+    syntax = UID(header.transfer_syntax)
+    options = {
+        "rows": header.rows,
+        "columns": header.cols,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": 16,
+        "bits_stored": header.bits_stored,
+        "pixel_representation": int(header.signed),
+        "number_of_frames": header.frames,
+        "pixel_keyword": "PixelData",
+        "pixel_vr": "OW",
+    }
+    decoder = get_decoder(syntax)
+    if not decoder.is_native:
+        plugin = PLUGINS[syntax]
+        _check_codestream(handle, header, plugin)
+        handle.seek(header.offset)
+        return decoder.as_array(handle, index=header.frame, raw=True, decoding_plugin=plugin, **options)[0]
+    size = header.rows * header.cols * 2
+    if header.offset < 0:
+        handle.seek(0)
+        data = dcmread(handle).PixelData[header.frame * size : (header.frame + 1) * size]
+    else:
+        handle.seek(header.offset + header.frame * size)
+        data = handle.read(size)
+    if len(data) != size:
+        raise Refused("pixel data is cut")
+    _check_bits(np.frombuffer(data, ">u2" if syntax == ExplicitVRBigEndian else "<u2"), header)
+    return decoder.as_array(data, index=0, raw=True, **(options | {"number_of_frames": 1}))[0]
+
+
+def _check_codestream(handle: BinaryIO, header: SliceHeader, plugin: str) -> None:
+    """Refuse a codestream of another shape: with as many pixels it would decode to a scrambled slice."""
+    if plugin == "pydicom":  # run-length coding has no shape of its own
+        return
+    handle.seek(header.offset)
+    stream = get_frame(handle, header.frame, number_of_frames=header.frames)
+    if plugin == "pylibjpeg":
+        found = get_parameters(stream)
+        shape = found["rows"], found["columns"]
+    else:
+        shape = _jpeg_shape(stream)
+    if shape != (header.rows, header.cols):
+        raise Refused("codestream and header differ in Rows or Columns")
+
+
+def _jpeg_shape(stream: bytes) -> tuple[int, int]:
+    """Return (rows, columns) of a JPEG or JPEG-LS frame header: marker, length, precision, rows, columns.
+
+    ISO/IEC 10918-1 B.2.2 and 14495-1 C.2.2.
+    """
+    place = 2
+    while stream[place : place + 2] not in _FRAME_HEADERS:
+        if stream[place] != 0xFF:
+            raise Refused("codestream without a frame header")
+        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+    return struct.unpack(">2H", stream[place + 5 : place + 9])
+
+
+def _check_bits(words: np.ndarray, header: SliceHeader) -> None:
+    """Refuse values wider than BitsStored: cutting them to size would give wrong HU without a sign of it."""
+    if header.bits_stored == 16 or words.max() < 1 << header.bits_stored:
+        return
+    unused = words >> (header.bits_stored - 1)  # with the sign bit: all clear or all set where the sign was extended
+    signs = (0, 1, (1 << (17 - header.bits_stored)) - 1)
+    if not header.signed or not np.isin(unused, signs).all():
+        raise Refused("pixel values do not fit BitsStored")
+
+
+def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Return HU = stored x slope + intercept (PS3.3 C.11.1), rounded: int16 where it fits, else int32 [rows, cols].
+
+    MONOCHROME1 turns the display around and not the values, so it plays no part here.
+    """
+    ends = [int(end) * slope + intercept for end in (stored.min(), stored.max())]
+    fits = min(ends) >= -32_768 and max(ends) <= 32_767
+    if slope == 1 and intercept == int(intercept):
+        if fits:  # wraps around inside the sum and back again: right modulo 2^16, and the result is known to fit
+            return np.add(stored.view(np.int16), np.int16(((int(intercept) + 32_768) & 0xFFFF) - 32_768))
+        return stored.astype(np.int32) + int(intercept)
+    return np.rint(stored * slope + intercept).astype(np.int16 if fits else np.int32)
+
+
+def finish_hu(
+    hu: np.ndarray, stored: np.ndarray, padding: tuple[int, int] | None, *, hu_min: int = HU_MIN, hu_max: int = HU_MAX
+) -> np.ndarray:
+    """Map padding to air (`hu_min`), clip to [hu_min, hu_max]: int16 [rows, cols]. Refuses a slice without an image.
+
+    Padding is an inclusive range of stored values. No CT image: a constant one, or values that cannot be HU (more than
+    half of them above bone, or hardly any between air and bone).
+    """
+    high = np.count_nonzero(hu > HU_MAX)
+    low = np.count_nonzero(hu < HU_MIN - 100)  # scanners write -2000 to -3024 outside their circle, declared or not
+    if high > hu.size / 2 or hu.size - high - low < hu.size / 100:
+        raise Refused("values cannot be HU")
+    result = np.clip(hu, hu_min, hu_max).astype(np.int16, copy=False)
+    if padding is not None:
+        np.putmask(result, (stored >= padding[0]) & (stored <= padding[1]), hu_min)
+    if result.min() == result.max():
+        raise Refused("constant slice")
+    return result

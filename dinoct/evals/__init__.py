@@ -1,0 +1,1 @@
+"""Judging an encoder without labels."""

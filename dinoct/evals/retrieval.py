@@ -1,0 +1,112 @@
+"""View retrieval: does one view of a slice find the other view of the same slice among all slices?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinoct.evals.features import PairFeatures
+
+
+def key_ranks(first: Tensor, second: Tensor, *, chunk: int = 1024) -> np.ndarray:
+    """Rank of the right key for each query, 0 best.
+
+    Similarity is the cosine. A key as similar as the right one counts half, so that an encoder that gives the same
+    vector to all slices lands in the middle and not on top.
+
+    Args:
+        first: queries ``[n, D]``.
+        second: keys ``[n, D]``; key i is the right one for query i.
+    Returns:
+        ``[n]`` float64.
+    """
+    queries, keys = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ keys.T  # [c, n]
+        own = torch.arange(start, start + len(similarity))
+        right = similarity.gather(1, own[:, None])  # [c, 1]
+        above = (similarity > right).sum(dim=1)
+        equal = (similarity == right).sum(dim=1) - 1
+        ranks.append((above + 0.5 * equal).double())
+    return torch.cat(ranks).numpy()
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Scores of one encoder. `percentile_ranks` is ``[n]``: rank / (n - 1), 0 best, 0.5 chance."""
+
+    n: int
+    top1: float
+    top5: float
+    percentile_ranks: np.ndarray
+
+    @property
+    def baseline(self) -> float:
+        return 1.0 / self.n
+
+    @property
+    def ratio(self) -> float:
+        return self.top1 / self.baseline
+
+    @property
+    def mean_percentile_rank(self) -> float:
+        return float(self.percentile_ranks.mean())
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "ratio": self.ratio,
+            "mean_percentile_rank": self.mean_percentile_rank,
+        }
+
+
+def score(features: PairFeatures) -> Retrieval:
+    """Retrieval scores of the first views as queries among the second views.
+
+    Raises:
+        ValueError: for fewer than two slices.
+    """
+    n = len(features.first)
+    if n < 2:
+        raise ValueError("view retrieval needs at least two slices")
+    ranks = key_ranks(features.first, features.second)
+    return Retrieval(n, float((ranks < 1).mean()), float((ranks < 5).mean()), ranks / (n - 1))
+
+
+def bootstrap_difference(
+    a: np.ndarray, b: np.ndarray, *, draws: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of mean(a - b) over paired queries (Efron 1979).
+
+    The queries of one patient are not independent: with few patients the interval is narrower than the truth.
+    """
+    difference = a - b
+    rng = np.random.default_rng(seed)
+    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(draws)]
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def dispersion(features: Tensor) -> dict[str, float]:
+    """Signs of collapse in features ``[n, D]`` of different slices.
+
+    ``feature_std``: std of the L2-normalised features per dimension times sqrt(D), 1 when isotropic.
+    ``mean_cosine``: mean cosine between different slices, near 1 when all are the same.
+    ``effective_rank``: exp of the entropy of the singular values (RankMe, Garrido et al. 2023, arXiv:2210.02885).
+    """
+    x = F.normalize(features.float(), dim=-1)
+    n, dim = x.shape
+    raw = x.std(dim=0, correction=0).mean()
+    values = torch.linalg.svdvals(x.double())
+    p = values / values.sum()
+    return {
+        "feature_std": float(raw * dim**0.5),
+        "feature_std_raw": float(raw),
+        "mean_cosine": float((x.sum(dim=0).square().sum() - n) / (n * (n - 1))),
+        "effective_rank": float(torch.exp(-torch.special.xlogy(p, p).sum())),
+    }

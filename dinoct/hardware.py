@@ -1,0 +1,129 @@
+"""What the machine is, and what `auto` made of it: every value that was filled is kept with its reason."""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dinoct.config import HardwareConfig, StepsConfig
+from dinoct.errors import ConfigError
+
+EFFECTIVE_BATCH = 256  # what the learning-rate presets are for
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Settings of one run on one machine. `reasons` says, per setting, where the value comes from."""
+
+    platform: str  # cuda | rocm | cpu
+    device: torch.device
+    card: str
+    num_workers: int
+    pin_memory: bool
+    batch_size: int
+    accumulation_steps: int
+    amp: bool
+    threads: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 autocast where `amp`, else a context that does nothing. Never fp16: its scaler skips steps."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the log, config.json and the checkpoint."""
+        return {
+            "platform": self.platform,
+            "card": self.card,
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_memory,
+            "batch_size": self.batch_size,
+            "accumulation_steps": self.accumulation_steps,
+            "amp": "bf16" if self.amp else "off",
+            "threads": self.threads,
+            "attention": attention_backend(self.platform),
+        }
+
+    def lines(self) -> list[str]:
+        """One line per setting, with its reason, for the console."""
+        return [
+            f"{key:<18} {value!s:<14} {self.reasons.get(key, '')}".rstrip() for key, value in self.describe().items()
+        ]
+
+
+def detect_platform() -> str:
+    """cuda, rocm or cpu, as this torch build and this machine have it."""
+    if torch.cuda.is_available():
+        return "rocm" if torch.version.hip else "cuda"
+    return "cpu"
+
+
+def attention_backend(platform_name: str) -> str:
+    """The kernel that scaled_dot_product_attention will take."""
+    if platform_name == "cpu":
+        return "sdpa (cpu)"
+    if platform_name == "rocm" and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
+        return "math (slow): set TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
+    return "sdpa (flash)" if torch.backends.cuda.flash_sdp_enabled() else "sdpa (math)"
+
+
+def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardware:
+    """Fill every value that is null or auto.
+
+    Raises:
+        ConfigError: if a device is asked for that is not there.
+    """
+    steps = steps or StepsConfig()
+    reasons: dict[str, str] = {}
+    found = detect_platform()
+    name = found if hardware.device == "auto" else hardware.device
+    reasons["platform"] = "detected" if hardware.device == "auto" else f"hardware.device={hardware.device}"
+    if name != "cpu" and found != name:
+        raise ConfigError(
+            f"hardware.device={name} was asked for, but torch {torch.__version__} finds {found} here: "
+            "take hardware.device=auto or hardware.device=cpu"
+        )
+    preset = f"hardware={hardware.name}"
+    cores = os.cpu_count() or 1
+
+    def pick(key: str, typed: Any, recommended: Any, source: str, auto: Any, reason: str) -> Any:
+        if typed is not None:
+            reasons[key] = f"train.{key}" if source == "train" else preset
+            return typed
+        if recommended is not None:
+            reasons[key] = preset
+            return recommended
+        reasons[key] = f"auto: {reason}"
+        return auto
+
+    limits = {"cuda": 8, "rocm": 16, "cpu": 2}
+    workers = min(limits[name], max(cores - 1, 0))
+    batch = {"cuda": 64, "rocm": 128, "cpu": 32}[name]
+    amp = name != "cpu" and torch.cuda.is_bf16_supported()
+    batch_size = pick("batch_size", steps.batch_size, hardware.batch_size, "train", batch, f"recommended on {name}")
+    return Hardware(
+        platform=name,
+        device=torch.device("cpu" if name == "cpu" else "cuda"),
+        card=card_name(name),
+        num_workers=pick("num_workers", hardware.num_workers, None, "", workers, f"{cores} cores, {name}"),
+        pin_memory=pick("pin_memory", hardware.pin_memory, None, "", name == "cuda", f"{name} memory"),
+        batch_size=batch_size,
+        accumulation_steps=pick(
+            "accumulation_steps",
+            steps.accumulation_steps,
+            None,
+            "train",
+            max(1, round(EFFECTIVE_BATCH / batch_size)),
+            f"effective batch near {EFFECTIVE_BATCH}",
+        ),
+        amp=pick("amp", steps.amp, None, "train", amp, "bf16 where the device has it"),
+        threads=pick("threads", hardware.threads, None, "", torch.get_num_threads(), "torch's default"),
+        reasons=reasons,
+    )
+
+
+def card_name(platform_name: str) -> str:
+    """The card's name, or the processor's."""
+    return platform.processor() or platform.machine() if platform_name == "cpu" else torch.cuda.get_device_name()

@@ -1,0 +1,31 @@
+"""Gram anchoring (Siméoni et al. 2025, DINOv3, arXiv:2508.10104): patches keep the teacher's mutual similarities."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gram_loss_per_image(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the two matrices of cosine similarities between patches.
+
+    The matrices are per image, ``P x P``: over a whole batch they would take B times the memory and compare patches
+    of different patients.
+
+    Args:
+        student: patch tokens ``[B, P, D]`` after the final norm.
+        teacher: patch tokens ``[B, P, D']`` of the same crops, no gradient; D' may differ.
+    Returns:
+        ``[B]``, float32; 0 where both have the same similarities.
+    Raises:
+        ValueError: if the two sides have different numbers of images or patches.
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(f"gram_loss needs the same images and patches, got {student.shape} and {teacher.shape}")
+    s = F.normalize(student.float(), dim=-1)
+    t = F.normalize(teacher.float(), dim=-1)
+    difference = s @ s.transpose(1, 2) - t @ t.transpose(1, 2)  # [B, P, P]
+    return difference.square().mean(dim=(1, 2))
+
+
+def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of `gram_loss_per_image` over the batch: a scalar."""
+    return gram_loss_per_image(student, teacher).mean()

@@ -1,0 +1,82 @@
+"""The encoder: timm's VisionTransformer with one input channel, a mask token, and checkpointed blocks."""
+
+from collections.abc import Callable
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoct.config import ModelConfig
+
+TOKEN_STD = 0.02  # a zero mask token with a small LayerScale gives gradients of order 1e3 at the start
+
+
+class Backbone(nn.Module):
+    """A ViT over one-channel slices windowed to [0, 1].
+
+    ``vit`` is a plain timm model, so that its weights load into timm as they are. The mask token stands beside it.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, drop_path: float = 0.0, grad_checkpoint: bool = False):
+        super().__init__()
+        self.vit = VisionTransformer(
+            img_size=cfg.img_size,
+            patch_size=cfg.patch,
+            in_chans=1,
+            num_classes=0,
+            global_pool="",
+            embed_dim=cfg.dim,
+            depth=cfg.depth,
+            num_heads=cfg.heads,
+            mlp_ratio=cfg.mlp_ratio,
+            reg_tokens=cfg.registers,
+            init_values=cfg.layer_scale,
+            drop_path_rate=drop_path,
+            dynamic_img_size=True,
+        )
+        self.mask_token = nn.Parameter(torch.empty(cfg.dim).normal_(std=TOKEN_STD))
+        nn.init.normal_(self.vit.cls_token, std=TOKEN_STD)
+        if cfg.registers:
+            nn.init.normal_(self.vit.reg_token, std=TOKEN_STD)
+        self.patch, self.dim, self.depth = cfg.patch, cfg.dim, cfg.depth
+        self.grad_checkpoint = grad_checkpoint
+
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode slices.
+
+        Args:
+            x: ``[B, 1, H, W]`` in [0, 1]; H and W multiples of the patch.
+            masks: ``[B, P]`` booleans; masked patches are replaced by the mask token.
+        Returns:
+            Class token ``[B, D]`` and patch tokens ``[B, P, D]`` (row-major), both after the final norm.
+        """
+        vit = self.vit
+        tokens = vit.patch_embed(normalise(x))  # [B, h, w, D]
+        if masks is not None:
+            masks = masks.view(tokens.shape[:3])
+            tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))  # [B, 1 + registers + P, D]
+        run = self._checkpointed if self.grad_checkpoint and torch.is_grad_enabled() else _plain
+        for block in vit.blocks:
+            tokens = run(block, tokens)
+        tokens = vit.norm(tokens)
+        return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
+
+    @staticmethod
+    def _checkpointed(block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        return checkpoint(block, tokens, use_reentrant=False)
+
+
+def _plain(block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    return block(tokens)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """[0, 1] to about zero mean and unit variance, by fixed numbers: they belong to the model, not to the data."""
+    return (x - 0.5) / 0.25
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, also on the meta device."""
+    return sum(parameter.numel() for parameter in module.parameters())

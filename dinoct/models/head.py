@@ -1,0 +1,29 @@
+"""Projection head from features to prototype scores (Caron et al. 2021, arXiv:2104.14294)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PrototypeHead(nn.Module):
+    """MLP to a normalised bottleneck, then cosine similarity with K prototypes."""
+
+    def __init__(self, in_dim: int, *, out_dim: int, hidden_dim: int, bottleneck_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        nn.init.trunc_normal_(self.prototypes.weight, std=0.02)  # small: only its direction counts, and it can turn
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[..., D]`` features to ``[..., K]`` scores in [-1, 1], before any temperature."""
+        x = F.normalize(self.mlp(features).float(), dim=-1, eps=1e-6)
+        return F.linear(x, F.normalize(self.prototypes.weight, dim=-1))

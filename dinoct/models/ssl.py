@@ -1,0 +1,209 @@
+"""Student, EMA teacher and Gram teacher: crops in, the terms of the objective out."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinoct import losses
+from dinoct.config import LossConfig, ModelConfig
+from dinoct.models.backbone import Backbone
+from dinoct.models.head import PrototypeHead
+
+
+@dataclass
+class CropBatch:
+    """The views of B slices, crop by crop: row ``v * B + b`` is view v of slice b."""
+
+    global_crops: Tensor  # [Vg * B, 1, S, S] in [0, 1]
+    local_crops: Tensor | None  # [Vl * B, 1, s, s]
+    masks: Tensor | None  # [Vg * B, P] booleans
+    groups: Tensor  # [B] number of the slice's series
+    positions: list[int]  # [B] positions in the sample order
+
+    def to(self, device: torch.device) -> "CropBatch":
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        return CropBatch(
+            move(self.global_crops), move(self.local_crops), move(self.masks), move(self.groups), self.positions
+        )
+
+    def pin_memory(self) -> "CropBatch":
+        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
+        return CropBatch(
+            pin(self.global_crops), pin(self.local_crops), pin(self.masks), pin(self.groups), self.positions
+        )
+
+
+@dataclass
+class LossTerms:
+    """`total` and `gram` carry the gradient; `scalars` are detached 0-d tensors for the log."""
+
+    total: Tensor
+    gram: Tensor
+    scalars: dict[str, Tensor]
+
+
+class Network(nn.Module):
+    """Backbone and heads: one side of the distillation."""
+
+    def __init__(self, model: ModelConfig, loss: LossConfig, *, drop_path: float, grad_checkpoint: bool):
+        super().__init__()
+        self.backbone = Backbone(model, drop_path=drop_path, grad_checkpoint=grad_checkpoint)
+        dims = {"out_dim": loss.out_dim, "hidden_dim": loss.hidden_dim, "bottleneck_dim": loss.bottleneck_dim}
+        self.dino_head = PrototypeHead(model.dim, **dims)
+        self.ibot_head = PrototypeHead(model.dim, **dims) if loss.ibot.weight else None
+
+
+class SelfDistillation(nn.Module):
+    """The whole objective. State that moves once per update (teacher, centres, Gram teacher) moves in `end_update`."""
+
+    def __init__(self, model: ModelConfig, loss: LossConfig, *, grad_checkpoint: bool = False):
+        super().__init__()
+        self.cfg = loss
+        self.student = Network(model, loss, drop_path=model.drop_path, grad_checkpoint=grad_checkpoint)
+        self.teacher = Network(model, loss, drop_path=0.0, grad_checkpoint=False)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False).eval()
+        self.gram_teacher = None if loss.gram.teacher == "ema" else copy.deepcopy(self.teacher.backbone)
+        self.register_buffer("gram_taken_at", torch.zeros((), dtype=torch.int64))
+        for name in ("dino", "ibot"):
+            self.register_buffer(f"{name}_center", torch.zeros(loss.out_dim))
+            self.register_buffer(f"{name}_center_sum", torch.zeros(loss.out_dim), persistent=False)
+            self.register_buffer(f"{name}_center_count", torch.zeros(()), persistent=False)
+
+    def forward(self, batch: CropBatch, *, teacher_temperature: float) -> LossTerms:
+        """Losses of one micro-batch; no state moves except the sums for the centres."""
+        cfg = self.cfg
+        n_slices = len(batch.groups)
+        teacher = self._teach(batch, teacher_temperature)
+        cls, patches = self.student.backbone(batch.global_crops, batch.masks)
+        all_cls = cls
+        if batch.local_crops is not None:
+            all_cls = torch.cat([cls, self.student.backbone(batch.local_crops)[0]])
+        logits = self.student.dino_head(all_cls).float().unflatten(0, (-1, n_slices))  # [Vg + Vl, B, K]
+        terms = {
+            "dino": losses.cross_entropy_pairs(
+                student_logits=logits,
+                teacher_probs=teacher.probs.unflatten(0, (-1, n_slices)),
+                student_temperature=cfg.dino.student_temperature,
+            ),
+            "koleo": sum(losses.koleo_loss(view, groups=batch.groups) for view in cls.split(n_slices)),
+        }
+        per_image = losses.gram_loss_per_image(patches, teacher.gram_patches)  # [Vg * B]
+        terms["gram"] = per_image.mean()
+        if self.student.ibot_head is not None and batch.masks is not None:
+            terms["ibot"] = self._ibot(patches, teacher, batch.masks)
+        total = sum(getattr(cfg, name).weight * value for name, value in terms.items())
+        scalars = {f"loss/{name}": value.detach() for name, value in terms.items()} | {"loss/total": total.detach()}
+        with torch.no_grad():
+            scalars |= distribution_gauges(logits, teacher.probs, terms["dino"], cfg.dino.student_temperature)
+            scalars |= feature_gauges(teacher.cls)
+        return LossTerms(total, terms["gram"], scalars)
+
+    @torch.no_grad()
+    def _teach(self, batch: CropBatch, temperature: float) -> "TeacherOutput":
+        cls, patches = self.teacher.backbone(batch.global_crops)
+        logits = self.teacher.dino_head(cls).float()  # [Vg * B, K]
+        gram_patches = patches if self.gram_teacher is None else self.gram_teacher(batch.global_crops)[1]
+        out = TeacherOutput(cls.float(), self._target("dino", logits, temperature), gram_patches)
+        if self.teacher.ibot_head is not None and batch.masks is not None and batch.masks.any():
+            masked = self.teacher.ibot_head(patches[batch.masks]).float()  # [M, K]
+            out.patch_probs = self._target("ibot", masked, temperature)
+        return out
+
+    def _target(self, name: str, logits: Tensor, temperature: float) -> Tensor:
+        """Teacher logits ``[N, K]`` to probabilities; notes the sum for the centre."""
+        getattr(self, f"{name}_center_sum").add_(logits.sum(dim=0))
+        getattr(self, f"{name}_center_count").add_(len(logits))
+        if self.cfg.dino.centering == "sinkhorn":
+            return losses.sinkhorn_knopp(logits, temperature=temperature)
+        return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
+
+    def _ibot(self, patches: Tensor, teacher: "TeacherOutput", masks: Tensor) -> Tensor:
+        if teacher.patch_probs is None:
+            return patches.sum() * 0.0
+        weights = (1.0 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]  # [M]
+        return losses.masked_cross_entropy(
+            student_logits=self.student.ibot_head(patches[masks]),
+            teacher_probs=teacher.patch_probs,
+            weights=weights,
+            n_images=len(masks),
+            student_temperature=self.cfg.dino.student_temperature,
+        )
+
+    @torch.no_grad()
+    def end_update(self, *, step: int, horizon: int, momentum: float) -> None:
+        """After the optimiser moved: EMA teacher, centres, and the Gram teacher's age. `step` counts this update."""
+        teacher = [p.data for p in self.teacher.parameters()]
+        torch._foreach_lerp_(teacher, [p.data for p in self.student.parameters()], 1.0 - momentum)
+        for name in ("dino", "ibot"):
+            total, count = getattr(self, f"{name}_center_sum"), getattr(self, f"{name}_center_count")
+            center = getattr(self, f"{name}_center")
+            mean = torch.where(count > 0, total / count.clamp_min(1), center)
+            center.lerp_(mean, 1.0 - self.cfg.dino.center_momentum)
+            total.zero_()
+            count.zero_()
+        self._renew_gram_teacher(step, horizon, momentum)
+
+    def discard_update(self) -> None:
+        """Forget the sums of an update that did not happen."""
+        for name in ("dino", "ibot"):
+            getattr(self, f"{name}_center_sum").zero_()
+            getattr(self, f"{name}_center_count").zero_()
+
+    def _renew_gram_teacher(self, step: int, horizon: int, momentum: float) -> None:
+        if self.gram_teacher is None:
+            return
+        gram = self.cfg.gram
+        if gram.teacher == "lagged":  # never younger than the EMA's own memory
+            due = step - int(self.gram_taken_at) >= max(gram.lag * step, 1.0 / max(1.0 - momentum, 1e-4))
+        else:
+            due = step <= round(gram.snapshot_at * horizon)
+        if due:
+            self.gram_teacher.load_state_dict(self.teacher.backbone.state_dict())
+            self.gram_taken_at.fill_(step)
+
+
+@dataclass
+class TeacherOutput:
+    cls: Tensor  # [Vg * B, D] float32
+    probs: Tensor  # [Vg * B, K]
+    gram_patches: Tensor  # [Vg * B, P, D]
+    patch_probs: Tensor | None = None  # [M, K]
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension."""
+    return -torch.special.xlogy(probs, probs).sum(dim=-1)
+
+
+def distribution_gauges(
+    student_logits: Tensor, teacher_probs: Tensor, cross_entropy: Tensor, student_temperature: float
+) -> dict[str, Tensor]:
+    """How the prototypes are used. Near ln K on both sides the loss cannot fall; a marginal near 0 is a collapse."""
+    student_probs = F.softmax(student_logits[:1] / student_temperature, dim=-1)
+    teacher_entropy = entropy(teacher_probs).mean()
+    return {
+        "Train/Entropy_Teacher": teacher_entropy,
+        "Train/Entropy_Student": entropy(student_probs).mean(),
+        "Train/Entropy_Marginal": entropy(teacher_probs.mean(dim=0)),
+        "Train/KL": cross_entropy.detach() - teacher_entropy,
+    }
+
+
+def feature_gauges(cls: Tensor) -> dict[str, Tensor]:
+    """Spread of the teacher's features over the batch.
+
+    ``feature_std`` is the standard deviation of the L2-normalised features per dimension times sqrt(D): 1 when they
+    point everywhere, 0 when all are the same. ``feature_std_raw`` is the same without the factor.
+    """
+    x = F.normalize(cls, dim=-1)
+    raw = x.std(dim=0, correction=0).mean()
+    mean_cosine = (x.sum(dim=0).square().sum() - len(x)) / max(len(x) * (len(x) - 1), 1)
+    return {
+        "Train/feature_std": raw * cls.shape[-1] ** 0.5,
+        "Train/feature_std_raw": raw,
+        "Train/mean_cosine": mean_cosine,
+    }

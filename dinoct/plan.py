@@ -1,0 +1,84 @@
+"""From a composed config to the plan of a run: new or resumed, where, with which settings. Nothing is written yet."""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dinoct.config import TrainConfig, to_object
+from dinoct.errors import ConfigError
+from dinoct.validate import validate
+
+if TYPE_CHECKING:
+    from dinoct.checkpoint import Checkpoint
+
+OWN_GROUPS = ("model", "hardware", "aug", "engine", "data", "loss", "optim", "ckpt", "tracker", "probe", "parallel")
+
+
+@dataclass
+class RunPlan:
+    cfg: TrainConfig
+    command: str
+    choices: dict[str, str]
+    run_dir: str | None  # null: a new folder under outputs/runs
+    sweep: str | None = None  # the sweep's name, which groups its runs
+    checkpoint: "Checkpoint | None" = None
+    warnings: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def resumes_in_place(self) -> bool:
+        return self.checkpoint is not None and str(self.checkpoint.path.absolute().parent) == self.run_dir
+
+    def config_dict(self) -> dict[str, Any]:
+        return asdict(self.cfg)
+
+
+def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
+    """Decide what the command means.
+
+    Raises:
+        ConfigError, CheckpointError: naming the key to change.
+    """
+    hydra = HydraConfig.get()
+    choices = {group: str(hydra.runtime.choices[group]) for group in (*OWN_GROUPS, "experiment")}
+    cfg = to_object(composed)
+    sweep, run_dir = None, cfg.run_dir
+    if hydra.mode == RunMode.MULTIRUN:
+        if run_dir:
+            raise ConfigError(
+                "run_dir cannot be given in a sweep: its runs would share the folder; use hydra.sweep.dir"
+            )
+        run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
+    plan = RunPlan(cfg, command, choices, run_dir, sweep)
+    if cfg.resume is None:
+        validate(cfg)
+        return plan
+    return _resumed(plan, composed, overrides=list(hydra.overrides.task))
+
+
+def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> RunPlan:
+    from pathlib import Path
+
+    from dinoct import resume
+
+    checkpoint, plan.warnings = resume.find_checkpoint(plan.cfg.resume, plan.cfg.run_dir)
+    stored = checkpoint.meta["config"]
+    plan.cfg = resume.merge_config(
+        stored,
+        composed,
+        defaults=compose("train"),
+        overrides=overrides,
+        choices=plan.choices,
+        stored_choices=checkpoint.meta["choices"],
+    )
+    validate(plan.cfg)
+    resume.check_shapes(stored, plan.config_dict())
+    plan.changes = resume.changes(stored, plan.config_dict())
+    plan.choices = checkpoint.meta["choices"] | {"hardware": plan.choices["hardware"]}
+    plan.checkpoint = checkpoint
+    plan.run_dir = str(Path(plan.run_dir or checkpoint.path.parent).absolute())
+    return plan

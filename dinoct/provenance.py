@@ -1,0 +1,47 @@
+"""Where a result comes from: code, data, machine."""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dinoct
+
+
+def git_commit() -> str:
+    """First 12 hex digits of the commit of dinoct's source, ``-dirty`` behind it where files differ, or "unknown"."""
+    folder = Path(dinoct.__file__).parent
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=30, check=True)
+        return run.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")[:12]
+        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def data_manifest_hash(index_hash: str, train: frozenset[str], val: frozenset[str]) -> str:
+    """16 hex digits that change with any slice of the index and any move of a patient between the sides."""
+    digest = hashlib.sha256(index_hash.encode())
+    for side in (train, val):
+        digest.update(b"|" + ",".join(sorted(side)).encode())
+    return digest.hexdigest()[:16]
+
+
+def environment() -> dict[str, Any]:
+    """Versions that a result can depend on."""
+    return {
+        "dinoct": dinoct.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "hip": torch.version.hip,
+        "system": sys.platform,
+    }

@@ -1,0 +1,133 @@
+"""What a resumed run is made of: the checkpoint's config, then what was typed, with the hardware fresh."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinoct.checkpoint import Checkpoint, find_latest, load
+from dinoct.config import TrainConfig
+from dinoct.errors import CheckpointError, ConfigError
+from dinoct.rundir import RUNS, newest_runs
+
+FRESH = ("hardware", "run_dir", "resume")  # never from the checkpoint
+SHAPES = (  # keys that decide the tensors' shapes
+    "model.patch",
+    "model.dim",
+    "model.depth",
+    "model.heads",
+    "model.mlp_ratio",
+    "model.img_size",
+    "model.registers",
+    "model.layer_scale",
+    "loss.out_dim",
+    "loss.hidden_dim",
+    "loss.bottleneck_dim",
+)
+
+
+def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint that ``resume=auto``, ``resume=FOLDER`` or ``resume=FILE`` means, and warnings to print.
+
+    Raises:
+        CheckpointError: if there is none, or the named file is broken.
+    """
+    path = Path(resume)
+    if resume != "auto" and not path.is_dir():
+        return load(path), []
+    folders = [path] if resume != "auto" else [Path(run_dir)] if run_dir else newest_runs()
+    found, warnings = find_latest(folders)
+    if found is None:
+        place = folders[0] if len(folders) == 1 else RUNS
+        skipped = "; ".join(warnings)
+        raise CheckpointError(
+            f"resume={resume}: no usable checkpoint in {place}" + (f" ({skipped})" if skipped else "")
+        )
+    return found, warnings
+
+
+def merge_config(
+    stored: Mapping[str, Any],
+    composed: DictConfig,
+    *,
+    defaults: DictConfig,
+    overrides: Sequence[str],
+    choices: Mapping[str, str],
+    stored_choices: Mapping[str, str],
+) -> TrainConfig:
+    """The config of a resumed run.
+
+    Args:
+        stored: the checkpoint's config, as data.
+        composed: what Hydra composed from this command line.
+        defaults: what Hydra composes from an empty one; tells what an experiment file sets.
+        overrides: the overrides as typed.
+        choices: option taken per group on this command line.
+        stored_choices: the same for the command that made the checkpoint. A group typed again with the same option
+            changes nothing: the checkpoint's values, with the overrides of that time, stay.
+    Raises:
+        CheckpointError: if the stored config does not fit the schema.
+    """
+    base = OmegaConf.structured(TrainConfig)
+    try:
+        base = OmegaConf.merge(base, OmegaConf.create(dict(stored)))
+    except OmegaConfBaseException as error:
+        raise CheckpointError(
+            f"the checkpoint's config does not fit this version: {str(error).splitlines()[0]}"
+        ) from error
+    now, before = flatten(composed), flatten(defaults)
+    for override in overrides:
+        key = override.lstrip("+").split("=", 1)[0]
+        if key in choices:
+            if choices[key] == stored_choices.get(key):
+                continue
+            keys = [k for k in now if now[k] != before.get(k)] if key == "experiment" else _below(now, key)
+        else:
+            keys = _below(now, key)
+        for name in keys:
+            OmegaConf.update(base, name, now[name])
+    for key in FRESH:
+        OmegaConf.update(base, key, OmegaConf.select(composed, key), merge=False)
+    return OmegaConf.to_object(base)
+
+
+def _below(flat: Mapping[str, Any], key: str) -> list[str]:
+    return [name for name in flat if name == key or name.startswith(f"{key}.")]
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as ``{"a.b.c": value}``; lists are values."""
+    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    out: dict[str, Any] = {}
+    for key, value in plain.items():
+        name = f"{prefix}{key}"
+        out |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return out
+
+
+def changes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for the settings that differ, without those that are always fresh."""
+    old, new = flatten(dict(stored)), flatten(dict(cfg))
+    keys = [key for key in new if key.split(".")[0] not in FRESH]
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in keys if old.get(key) != new[key]]
+
+
+def check_shapes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Refuse settings that the checkpoint's tensors do not fit.
+
+    Raises:
+        ConfigError: naming each key with both values.
+    """
+    old, new = flatten(dict(stored)), flatten(dict(cfg))
+    wrong = [f"{key}={new[key]} (checkpoint: {old[key]})" for key in SHAPES if old.get(key) != new[key]]
+    if bool(old.get("loss.ibot.weight")) != bool(new["loss.ibot.weight"]):
+        wrong.append(f"loss.ibot.weight={new['loss.ibot.weight']} (checkpoint: {old.get('loss.ibot.weight')})")
+    if (old.get("loss.gram.teacher") == "ema") != (new["loss.gram.teacher"] == "ema"):
+        wrong.append(f"loss.gram.teacher={new['loss.gram.teacher']} (checkpoint: {old.get('loss.gram.teacher')})")
+    if wrong:
+        raise ConfigError(
+            f"cannot resume with {', '.join(wrong)}: leave it out to go on, "
+            "or start a new run with model.init_from=CHECKPOINT"
+        )

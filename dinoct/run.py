@@ -1,0 +1,203 @@
+"""Carrying out the plan of a training run."""
+
+import math
+import secrets
+import time
+from typing import Any
+
+import torch
+
+from dinoct import provenance
+from dinoct.cli import Outcome
+from dinoct.config import build_engine
+from dinoct.console import log, run_log
+from dinoct.data.dataset import SliceViews, open_split
+from dinoct.data.views import ViewMaker
+from dinoct.errors import DinoctError
+from dinoct.hardware import Hardware, resolve
+from dinoct.models.backbone import parameter_count
+from dinoct.models.load import initial_weights
+from dinoct.models.ssl import SelfDistillation
+from dinoct.optim import build_optimizer
+from dinoct.plan import RunPlan
+from dinoct.rundir import RunFolder
+from dinoct.schedules import ENDLESS_HORIZON, Schedules
+from dinoct.tracking import build_tracker
+
+
+def execute(plan: RunPlan) -> Outcome:
+    """Train as planned, in a run folder of its own.
+
+    Raises:
+        DinoctError: with one line; the traceback of anything unforeseen is in the run's train.log.
+    """
+    hardware = resolve(plan.cfg.hardware, plan.cfg.train)
+    data = open_split(plan.cfg.data)  # what is wrong with the data is said before a folder is made
+    folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place)
+    with folder, run_log(folder.path / "train.log"):
+        try:
+            return _train(plan, hardware, data, folder)
+        except DinoctError as error:
+            log.debug("failed", exc_info=True)
+            _mark_failed(folder, error)
+            raise
+        except Exception as error:
+            log.debug("failed", exc_info=True)
+            _mark_failed(folder, error)
+            reason = str(error).splitlines()[0] if str(error) else "no message"
+            message = f"{type(error).__name__}: {reason} (the traceback is in {folder.path / 'train.log'})"
+            raise DinoctError(message) from error
+
+
+def _mark_failed(folder: RunFolder, error: Exception) -> None:
+    config = folder.read_config()
+    if config:
+        folder.write_config(config | {"state": "failed", "error": " ".join(str(error).split())})
+
+
+def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) -> Outcome:
+    cfg, checkpoint = plan.cfg, plan.checkpoint
+    train_index, val_index, store, manifest = data
+    torch.set_num_threads(hardware.threads)
+    torch.manual_seed(cfg.seed)
+    # 1. model and optimiser, at random   2. init_from, or the checkpoint over both   3. the loop
+    model = SelfDistillation(cfg.model, cfg.loss, grad_checkpoint=cfg.train.grad_checkpoint)
+    notes = _start_from(model, cfg.model.init_from) if checkpoint is None and cfg.model.init_from else []
+    model.to(hardware.device)
+    optimizer = build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim)
+    horizon = _horizon(plan)
+    manifest_hash = provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val)
+    meta = {
+        "config": plan.config_dict(),
+        "choices": plan.choices,
+        "horizon": horizon,
+        "run_id": checkpoint.meta["run_id"] if checkpoint else secrets.token_hex(4),
+        "git_commit": provenance.git_commit(),
+        "data_manifest_hash": manifest_hash,
+        "environment": provenance.environment(),
+        "hardware": hardware.describe(),
+    }
+    describe(plan, hardware, folder, model, slices=(len(train_index), len(val_index)), horizon=horizon, notes=notes)
+    folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(model.student.backbone)))
+    if cfg.tracker.group is None:
+        cfg.tracker.group = plan.sweep
+    cfg.tracker.tags = list(dict.fromkeys([*cfg.tracker.tags, cfg.model.name, cfg.hardware.name]))
+    tracker = build_tracker(
+        cfg.tracker,
+        folder.path,
+        run_id=meta["run_id"],
+        config=meta["config"] | {"git_commit": meta["git_commit"], "data_manifest_hash": manifest_hash},
+        resume_step=checkpoint.step if checkpoint and plan.resumes_in_place else 0,
+    )
+    try:
+        views = ViewMaker(cfg.aug, cfg.model, cfg.loss.ibot)
+        engine = build_engine(
+            cfg.engine,
+            cfg=cfg,
+            model=model,
+            optimizer=optimizer,
+            schedules=Schedules(cfg.optim, cfg.loss.dino, horizon),
+            hardware=hardware,
+            train_data=SliceViews(train_index, store, views, seed=cfg.seed),
+            val_index=val_index,
+            run=folder,
+            tracker=tracker,
+            meta=meta,
+        )
+        if checkpoint:
+            engine.load_state_dict(checkpoint.state, checkpoint.meta)
+            plan.checkpoint = checkpoint = None  # its tensors are copied: let them go
+        result = engine.fit()
+    finally:
+        tracker.close()
+    folder.set_state("stopped" if result.exit_status else "done", result.step)
+    return Outcome(result.exit_status, result.mean_percentile_rank)
+
+
+def _start_from(model: SelfDistillation, path: str) -> list[str]:
+    notes = initial_weights(model.student.backbone, path)
+    model.teacher.load_state_dict(model.student.state_dict())
+    if model.gram_teacher is not None:
+        model.gram_teacher.load_state_dict(model.teacher.backbone.state_dict())
+    return [f"started from {path}", *notes]
+
+
+def _horizon(plan: RunPlan) -> int:
+    """Length of the schedules: typed, else the checkpoint's, else max_steps, else 100,000."""
+    cfg = plan.cfg
+    if plan.checkpoint is not None:
+        stored = plan.checkpoint.meta["config"]["optim"]["horizon"]
+        return cfg.optim.horizon if cfg.optim.horizon not in (None, stored) else plan.checkpoint.meta["horizon"]
+    return cfg.optim.horizon or cfg.train.max_steps or ENDLESS_HORIZON
+
+
+def describe(
+    plan: RunPlan,
+    hardware: Hardware,
+    folder: RunFolder,
+    model: SelfDistillation,
+    *,
+    slices: tuple[int, int],
+    horizon: int,
+    notes: list[str],
+) -> None:
+    """Say what is about to run, and what `auto` chose."""
+    cfg = plan.cfg
+    log.info("run folder %s", folder.path)
+    for line in hardware.lines():
+        log.info("  %s", line)
+    count = parameter_count(model.student.backbone)
+    log.info(
+        "model %s: %.1f M parameters, patch %d, %d px", cfg.model.name, count / 1e6, cfg.model.patch, cfg.model.img_size
+    )
+    log.info("data: %d slices to train on, %d held out; views: %s", *slices, cfg.aug.name)
+    batch = hardware.batch_size * hardware.accumulation_steps
+    steps = cfg.train.max_steps or "no limit, Ctrl+C saves and stops"
+    log.info(
+        "steps: %s; effective batch %d; schedules over %d steps; ln K %.4f",
+        steps,
+        batch,
+        horizon,
+        math.log(cfg.loss.out_dim),
+    )
+    for line in plan.warnings:
+        log.warning(line)
+    for line in notes:
+        log.info(line)
+    if plan.checkpoint is not None:
+        before = plan.checkpoint.meta["hardware"]
+        log.info("resuming at step %d from %s", plan.checkpoint.step, plan.checkpoint.path)
+        for line in plan.changes:
+            log.info("  changed: %s", line)
+        if (before["platform"], before["card"]) != (hardware.platform, hardware.card):
+            log.warning(
+                "platform changed: %s (%s) -> %s (%s); this hardware's settings apply",
+                before["platform"], before["card"], hardware.platform, hardware.card,
+            )  # fmt: skip
+
+
+def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parameters: int) -> dict[str, Any]:
+    """Content of config.json; a resume adds to the history and keeps the first command."""
+    before = folder.read_config() if plan.resumes_in_place else {}
+    now = time.strftime("%Y-%m-%dT%H:%M:%S")
+    event = {
+        "at": now,
+        "command": plan.command,
+        "from_step": plan.checkpoint.step if plan.checkpoint else 0,
+        "from_checkpoint": str(plan.checkpoint.path) if plan.checkpoint else None,
+        "hardware": meta["hardware"],
+        "git_commit": meta["git_commit"],
+        "changes": plan.changes,
+    }
+    return {
+        "run_id": meta["run_id"],
+        "created": before.get("created", now),
+        "command": before.get("command", plan.command),
+        "state": "running",
+        "sweep": plan.sweep,
+        "parameters": parameters,
+        **{key: meta[key] for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon")},
+        "choices": plan.choices,
+        "config": plan.config_dict(),
+        "history": [*before.get("history", []), event],
+    }

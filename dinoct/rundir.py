@@ -1,0 +1,92 @@
+"""The folder of a run: created exclusively, locked while a process writes it, described by its config.json."""
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dinoct.errors import ConfigError
+
+RUNS = Path("outputs/runs")
+
+
+class RunFolder:
+    """A run's folder. Hold it as a context: the lock keeps a second process out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: Any = None
+
+    @classmethod
+    def create(cls, run_dir: str | None, *, resumes: bool = False) -> "RunFolder":
+        """Make the folder of a new run, or open the one that a resume goes on in.
+
+        Raises:
+            ConfigError: if a new run is pointed at a folder that holds a run.
+        """
+        if run_dir is None:
+            return cls(_fresh_folder(RUNS))
+        path = Path(run_dir)
+        if not resumes and (path / "config.json").exists():
+            raise ConfigError(
+                f"run_dir={path} holds a run already: take resume={path} to go on with it, or another run_dir"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir={path} cannot be made: {error.strerror}") from error
+        return cls(path)
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self._lock = open(self.path / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is training in {self.path}: stop it, or take another run_dir"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.path} cannot be written: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json, or an empty dict."""
+        try:
+            return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def write_config(self, content: dict[str, Any]) -> None:
+        """Replace config.json as a whole."""
+        temporary = self.path / f".config.json.tmp-{os.getpid()}"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / "config.json")
+
+    def set_state(self, state: str, step: int) -> None:
+        """Note how the run stands: running, done, stopped or failed."""
+        self.write_config(self.read_config() | {"state": state, "step": step})
+
+
+def _fresh_folder(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    for suffix in ("", *(f"_{i}" for i in range(1, 100))):
+        path = parent / f"{stamp}{suffix}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise ConfigError(f"no free run folder in {parent}: give run_dir=...")
+
+
+def newest_runs(parent: Path = RUNS) -> list[Path]:
+    """Run folders, newest first by their names' time stamps."""
+    if not parent.is_dir():
+        return []
+    return sorted((path for path in parent.iterdir() if (path / "config.json").is_file()), reverse=True)

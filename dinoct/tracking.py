@@ -1,0 +1,128 @@
+"""One `Tracker.log(step, scalars)` for metrics.jsonl, TensorBoard and W&B, with the same tags."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dinoct.config import TrackerConfig
+
+
+class Sink(Protocol):
+    """A place that keeps scalars."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object per record, steps strictly rising; a resume cuts what lies behind its step."""
+
+    def __init__(self, path: Path, *, resume_step: int = 0):
+        if path.exists():
+            rewind(path, resume_step)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  line by line, closed by close()
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step} | dict(scalars)) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the records behind `step`, and a last line that a power cut left half written."""
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line, default=step + 1) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _step(line: str, *, default: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return default
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, *, resume_step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """W&B, offline unless asked otherwise; argv, paths and the host's name are not recorded."""
+
+    def __init__(self, cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], job_type: str):
+        import wandb
+
+        settings = wandb.Settings(
+            x_disable_meta=True,
+            disable_git=True,
+            disable_code=True,
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+            host="-",
+            silent=True,
+            console="off",
+        )
+        self.run = wandb.init(
+            project=cfg.project,
+            dir=str(folder),
+            id=run_id,
+            resume="allow" if cfg.wandb == "online" else None,
+            name=cfg.name or folder.name,
+            group=cfg.group,
+            job_type=job_type,
+            tags=list(cfg.tags),
+            config=dict(config),
+            mode=cfg.wandb,
+            settings=settings,
+        )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")  # W&B's own step restarts at a resume
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log({"step": step} | dict(scalars))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Tracker:
+    """Passes every record to all sinks."""
+
+    def __init__(self, sinks: list[Sink]):
+        self.sinks = sinks
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Keep the scalars of a step; the tags are the dictionary's keys."""
+        for sink in self.sinks:
+            sink.log(step, scalars)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def build_tracker(
+    cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], resume_step: int = 0
+) -> Tracker:
+    """The tracker of a training run in `folder`; `resume_step` is the step of the checkpoint that it goes on from."""
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step=resume_step)]
+    if cfg.tensorboard:
+        sinks.append(TensorBoard(folder / "tb", resume_step=resume_step))
+    if cfg.wandb != "disabled":
+        sinks.append(Wandb(cfg, folder, run_id=run_id, config=config, job_type="train"))
+    return Tracker(sinks)

@@ -1,0 +1,163 @@
+"""Rules that concern several settings. Each error names the key to change."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from dinoct.config import AugConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, WindowConfig
+from dinoct.errors import ConfigError
+
+MIN_GRAM_WEIGHT = 0.01
+GRAM_REASON = (
+    "Gram anchoring is always on: without it patch features drift apart from the anatomy while the loss still falls"
+)
+
+
+def check_deletions(overrides: Iterable[str]) -> None:
+    """Refuse `~loss.gram` and its like before Hydra sees them, with the reason.
+
+    Raises:
+        ConfigError: where an override deletes the Gram term or the whole objective.
+    """
+    for override in overrides:
+        if override.startswith(("~loss.gram", "~loss")):
+            raise ConfigError(f"{override} is refused. {GRAM_REASON}; lower loss.gram.weight, at least to 0.01")
+
+
+def validate(cfg: TrainConfig) -> None:
+    """Check a training config.
+
+    Raises:
+        ConfigError: naming the first key that is wrong.
+    """
+    _model(cfg.model)
+    _loss(cfg.loss)
+    _aug(cfg.aug)
+    _window("probe.window", cfg.probe.window)
+    _optim(cfg.optim)
+    _crops(cfg)
+    for key, value in (
+        ("train.max_steps", cfg.train.max_steps),
+        ("train.batch_size", cfg.train.batch_size),
+        ("train.accumulation_steps", cfg.train.accumulation_steps),
+        ("hardware.batch_size", cfg.hardware.batch_size),
+        ("ckpt.every", cfg.ckpt.every),
+        ("ckpt.keep_last", cfg.ckpt.keep_last),
+        ("ckpt.keep_every", cfg.ckpt.keep_every),
+        ("tracker.every", cfg.tracker.every),
+        ("monitor.every", cfg.monitor.every),
+        ("eval.every", cfg.eval.every),
+        ("optim.horizon", cfg.optim.horizon),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} must be at least 1, not {value}")
+    _choice("tracker.wandb", cfg.tracker.wandb, ("offline", "online", "disabled"))
+    _choice("hardware.device", cfg.hardware.device, ("auto", "cuda", "rocm", "cpu"))
+    if cfg.parallel.processes != 1:
+        raise ConfigError(f"parallel.processes must be 1 in this version, not {cfg.parallel.processes}")
+
+
+def nearest_multiples(size: int, patch: int) -> list[int]:
+    """The multiples of `patch` just below and just above `size`, without 0."""
+    below = size // patch * patch
+    return [value for value in (below, below + patch) if value > 0]
+
+
+def local_crop_size(patch: int) -> int:
+    """The multiple of `patch` nearest to 96 pixels: 98 for patch 14, 96 for 16."""
+    return max(patch, round(96 / patch) * patch)
+
+
+def _model(m: ModelConfig) -> None:
+    for key in ("patch", "dim", "depth", "heads", "img_size"):
+        if getattr(m, key) < 1:
+            raise ConfigError(f"model.{key} must be at least 1, not {getattr(m, key)}")
+    if m.img_size % m.patch:
+        good = " or ".join(str(value) for value in nearest_multiples(m.img_size, m.patch))
+        raise ConfigError(
+            f"model.img_size={m.img_size} is not a multiple of model.patch={m.patch}: "
+            f"take model.img_size={good}, or another patch"
+        )
+    if m.dim % m.heads:
+        raise ConfigError(f"model.dim={m.dim} is not a multiple of model.heads={m.heads}")
+    if not 0 <= m.drop_path < 1:
+        raise ConfigError(f"model.drop_path must be in [0, 1), not {m.drop_path}")
+    if m.registers < 0:
+        raise ConfigError(f"model.registers must not be negative, not {m.registers}")
+
+
+def _loss(loss: LossConfig) -> None:
+    gram = loss.gram
+    if not (math.isfinite(gram.weight) and gram.weight >= MIN_GRAM_WEIGHT):
+        raise ConfigError(f"loss.gram.weight={gram.weight:g} is refused, {MIN_GRAM_WEIGHT} is the least. {GRAM_REASON}")
+    _choice("loss.gram.teacher", gram.teacher, ("ema", "lagged", "snapshot"))
+    _choice("loss.dino.centering", loss.dino.centering, ("softmax", "sinkhorn"))
+    for key, value in (
+        ("loss.dino.weight", loss.dino.weight),
+        ("loss.ibot.weight", loss.ibot.weight),
+        ("loss.koleo.weight", loss.koleo.weight),
+    ):
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{key} must be a number of at least 0, not {value}")
+    for key in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
+        if not getattr(loss.dino, key) > 0:
+            raise ConfigError(f"loss.dino.{key} must be above 0, not {getattr(loss.dino, key)}")
+    for key in ("out_dim", "hidden_dim", "bottleneck_dim"):
+        if getattr(loss, key) < 2:
+            raise ConfigError(f"loss.{key} must be at least 2, not {getattr(loss, key)}")
+    _range("loss.ibot.mask_ratio", loss.ibot.mask_ratio, low=0.0, high=1.0)
+    _share("loss.gram.lag", gram.lag)
+    _share("loss.gram.snapshot_at", gram.snapshot_at)
+    _share("loss.dino.teacher_warmup", loss.dino.teacher_warmup)
+    _share("loss.dino.center_momentum", loss.dino.center_momentum)
+
+
+def _aug(aug: AugConfig) -> None:
+    if aug.global_crops < 2 and aug.local_crops < 1:
+        raise ConfigError(f"aug.global_crops={aug.global_crops} leaves one view of a slice: DINO needs at least 2")
+    if aug.global_crops < 1 or aug.local_crops < 0:
+        raise ConfigError("aug.global_crops must be at least 1 and aug.local_crops at least 0")
+    _range("aug.global_scale", aug.global_scale, low=1e-3, high=1.0)
+    _range("aug.local_scale", aug.local_scale, low=1e-3, high=1.0)
+    _range("aug.ratio", aug.ratio, low=0.1, high=10.0)
+    _window("aug.window", aug.window)
+    for key in ("flip", "blur", "noise", "min_body"):
+        _share(f"aug.{key}", getattr(aug, key))
+
+
+def _optim(optim: OptimConfig) -> None:
+    for key in ("lr", "clip"):
+        if not (math.isfinite(getattr(optim, key)) and getattr(optim, key) > 0):
+            raise ConfigError(f"optim.{key} must be a number above 0, not {getattr(optim, key)}")
+    if optim.min_lr > optim.lr:
+        raise ConfigError(f"optim.min_lr={optim.min_lr:g} is above optim.lr={optim.lr:g}")
+    for key in ("warmup", "freeze_last_layer", "layer_decay", "teacher_momentum", "teacher_momentum_end"):
+        _share(f"optim.{key}", getattr(optim, key))
+    if len(optim.betas) != 2:
+        raise ConfigError(f"optim.betas needs two numbers, not {optim.betas}")
+
+
+def _crops(cfg: TrainConfig) -> None:
+    size, patch = cfg.aug.local_size, cfg.model.patch
+    if cfg.aug.local_crops and size is not None and size % patch:
+        good = " or ".join(str(value) for value in nearest_multiples(size, patch))
+        raise ConfigError(f"aug.local_size={size} is not a multiple of model.patch={patch}: take {good}, or null")
+
+
+def _choice(key: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ConfigError(f"{key} must be one of {', '.join(options)}, not {value}")
+
+
+def _share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{key} must be between 0 and 1, not {value}")
+
+
+def _range(key: str, value: Sequence[float], *, low: float, high: float) -> None:
+    if len(value) != 2 or not low <= value[0] <= value[1] <= high:
+        raise ConfigError(f"{key} must be two rising numbers between {low:g} and {high:g}, not {list(value)}")
+
+
+def _window(key: str, window: WindowConfig) -> None:
+    _range(f"{key}.center", window.center, low=-1024, high=3071)
+    _range(f"{key}.width", window.width, low=1, high=8192)
