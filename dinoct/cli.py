@@ -18,9 +18,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoct.errors import DinoctError
+from dinoct.errors import ConfigError, DinoctError
 
 DONE, ERROR, FAILED = 0, 1, 2
+CAUGHT = (DinoctError, HydraException, OmegaConfBaseException)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def run_command(
         nonlocal status
         try:
             outcome = task(cfg)
-        except DinoctError as error:  # caught here: Hydra would print the overrides beside it and end a sweep
-            complain(str(error))
+        except CAUGHT as error:  # here and not outside: Hydra would print the overrides beside it, and end a sweep
+            complain(error, schema)
             outcome = Outcome(ERROR, float("inf"))
         status = max(status, outcome.status)
         if status > 128 and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -63,21 +64,36 @@ def run_command(
         return outcome.objective
 
     try:
+        refuse_unknown_additions(sys.argv[1:], schema)
         before(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="pkg://dinoct.conf", config_name=config_name)(remember)()
-    except DinoctError as error:
-        status = complain(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        status = complain(explain_config_error(error, schema, sys.argv[1:]))
+    except CAUGHT as error:
+        status = complain(error, schema)
     except KeyboardInterrupt:
-        status = complain("interrupted", status=130)
+        print("interrupted", file=sys.stderr)
+        status = 130
     return status
 
 
-def complain(message: str, *, status: int = ERROR) -> int:
+def complain(error: Exception, schema: type) -> int:
     """One line on stderr; returns the exit status."""
+    message = str(error) if isinstance(error, DinoctError) else explain_config_error(error, schema, sys.argv[1:])
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return status
+    return ERROR
+
+
+def refuse_unknown_additions(arguments: Sequence[str], schema: type) -> None:
+    """Hydra lets ``+key=value`` add a key that nothing reads; only settings and groups are worth adding.
+
+    Raises:
+        ConfigError: naming the override.
+    """
+    known = {*option_keys(schema), "sweep", "experiment"}
+    for argument in arguments:
+        key = argument.lstrip("+").split("=", 1)[0].split("@")[0]
+        if argument.startswith("+") and key not in known and not key.startswith("hydra"):
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{argument}: there is no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def explain_config_error(error: Exception, schema: type, overrides: Sequence[str]) -> str:
@@ -90,9 +106,11 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         if unknown and f"'{key.rsplit('.', 1)[-1]}'" in text.replace(key, key.rsplit(".", 1)[-1]):
             near = difflib.get_close_matches(key, known, n=1)
             return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "") + " (see --cfg job)"
-    if "Missing mandatory value" in text:
-        key = text.split(":", 1)[1].split()[0]
+    if "missing mandatory value:" in text.lower():
+        key = text.rsplit(":", 1)[1].split()[0]
         return f"{key} is needed: give {key}=..."
+    if text.startswith("Error merging override") and error.__cause__:
+        text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     drop = ("full_key:", "object_type=", "Set the environment", "reference_type=", "Config search path", "Did you mean")
     return " ".join(line for line in lines if not line.startswith(drop))

@@ -70,7 +70,7 @@ class EngineConfig:
 class DataConfig:
     root: str | None = "data/processed"
     index_csv: str | None = None  # null: ROOT/_index/index.csv
-    split_manifest: str | None = None  # null: ROOT/_splits/val10_seed{split_seed}.json
+    split_manifest: str | None = None  # null: ROOT/_splits/val10_seed{split_seed}.json, or the only one of that seed
     split_seed: int = 0  # apart from seed: another training seed moves no patient
 
 

@@ -90,7 +90,7 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
 
     def pick(key: str, typed: Any, recommended: Any, source: str, auto: Any, reason: str) -> Any:
         if typed is not None:
-            reasons[key] = f"train.{key}" if source == "train" else preset
+            reasons[key] = f"{source or 'hardware'}.{key}"
             return typed
         if recommended is not None:
             reasons[key] = preset

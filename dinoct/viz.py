@@ -26,11 +26,19 @@ def whole_slice(hu: np.ndarray, window: WindowConfig, size: int) -> np.ndarray:
 
 @torch.inference_mode()
 def patch_norms(backbone: nn.Module, image: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """L2 norms of the patch tokens ``[h, w]``, and the tokens ``[P, D]``, of an image ``[S, S]`` in [0, 1]."""
-    x = torch.from_numpy(image)[None, None].to(device)
-    patches = backbone(x)[1][0].float().cpu()  # [P, D]
+    """L2 norms ``[h, w]`` of the patch tokens of an image ``[S, S]`` in [0, 1], and the tokens ``[P, D]``.
+
+    The norms are taken before the final LayerNorm, which makes all of them nearly the same.
+    """
+    before: list[torch.Tensor] = []
+    hook = backbone.vit.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    try:
+        patches = backbone(torch.from_numpy(image)[None, None].to(device))[1][0].float().cpu()  # [P, D]
+    finally:
+        hook.remove()
+    raw = before[0][0, -len(patches) :].float().cpu()  # [P, D]; class and register tokens stand in front
     grid = (image.shape[0] // backbone.patch, image.shape[1] // backbone.patch)
-    return patches.norm(dim=-1).view(grid).numpy(), patches.numpy()
+    return raw.norm(dim=-1).view(grid).numpy(), patches.numpy()
 
 
 def draw_monitor(
@@ -89,7 +97,7 @@ def _draw_heatmap(image: np.ndarray, norms: np.ndarray, path: Path, title: str) 
     right.imshow(image, cmap="gray", vmin=0, vmax=1)
     extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
     heat = right.imshow(norms, cmap="inferno", alpha=0.65, extent=extent, interpolation="nearest")
-    figure.colorbar(heat, ax=right, label="L2 norm of the patch token", shrink=0.85)
+    figure.colorbar(heat, ax=right, label="L2 norm of the patch token before the final norm", shrink=0.85)
     right.set_title(f"{norms.shape[0]} x {norms.shape[1]} patch tokens of the EMA teacher", fontsize=9)
     for axis in (left, right):
         axis.set_axis_off()

@@ -148,14 +148,14 @@ class Catalog:
     def stale_groups(self, options: str) -> list[tuple[str, str, int]]:
         """Return (group, fingerprint, slices), largest first, of groups that are not in the store as they are now."""
         done = dict(self.db.execute("SELECT grp, fingerprint FROM groups"))
-        stale, current, digest, count = [], None, None, 0
+        stale, current, digest, count = [], "", hashlib.blake2b(), 0
         query = (
             "SELECT grp, file_id, frame, size, mtime_ns FROM frames JOIN files USING (file_id) "
             "ORDER BY grp, file_id, frame"
         )
         for group, *row in chain(self.db.execute(query), [(None,)]):
             if group != current:
-                if current is not None and done.get(current) != digest.hexdigest():
+                if current and done.get(current) != digest.hexdigest():
                     stale.append((current, digest.hexdigest(), count))
                 current, count = group, 0
                 digest = hashlib.blake2b(f"{STORE_FORMAT} {options}".encode(), digest_size=8)

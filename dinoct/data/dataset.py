@@ -28,7 +28,7 @@ def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
         raise ConfigError("data.root is needed: the folder that dinoct-prepare wrote")
     root = Path(data.root) if data.root else Path(data.index_csv).absolute().parent.parent
     index = Path(data.index_csv) if data.index_csv else root / "_index" / "index.csv"
-    split = Path(data.split_manifest) if data.split_manifest else root / "_splits" / f"val10_seed{data.split_seed}.json"
+    split = Path(data.split_manifest) if data.split_manifest else _default_split(root / "_splits", data.split_seed)
     if not index.is_file():
         key = "data.index_csv" if data.index_csv else "data.root"
         raise ConfigError(f"{key}: there is no index at {index}; run dinoct-prepare source=... data.root={root}")
@@ -36,6 +36,13 @@ def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
         have = ", ".join(sorted(path.name for path in split.parent.glob("*.json"))) or "none"
         raise ConfigError(f"data.split_manifest: there is no split manifest at {split} (there: {have})")
     return index, split, index.absolute().parent.parent / "store"
+
+
+def _default_split(folder: Path, seed: int) -> Path:
+    """val10 of the seed, or the only manifest of that seed where the share is another one."""
+    usual = folder / f"val10_seed{seed}.json"
+    others = list(folder.glob(f"val*_seed{seed}.json"))
+    return others[0] if len(others) == 1 and not usual.exists() else usual
 
 
 def open_split(data: DataConfig) -> tuple[SliceIndex, SliceIndex, SliceStore, SplitManifest]:

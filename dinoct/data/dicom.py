@@ -150,12 +150,28 @@ def _locate_pixels(handle: BinaryIO, common: dict) -> tuple[int, int]:
     if (length == 0xFFFFFFFF) != syntax.is_encapsulated:
         raise Refused("pixel data and transfer syntax contradict each other")
     if syntax.is_encapsulated:
+        _check_items(handle, offset)
         return offset, -1
     if length != expected:
         raise Refused("pixel data length does not fit Rows x Columns")
     if offset + length > os.fstat(handle.fileno()).st_size:
         raise Refused("file is cut: pixel data shorter than it says")
     return offset, length
+
+
+def _check_items(handle: BinaryIO, offset: int) -> None:
+    """Walk the items of encapsulated pixel data to their delimiter (PS3.5 A.4).
+
+    A fragment that runs past the end of its data would hand the decoder bytes that are no pixels, and run-length coding
+    takes anything.
+    """
+    handle.seek(offset)
+    while (head := handle.read(8)).startswith(b"\xfe\xff\x00\xe0"):
+        handle.seek(int.from_bytes(head[4:], "little"), os.SEEK_CUR)
+    if not head:
+        raise Refused("file is cut: encapsulated pixel data without its end")
+    if not head.startswith(b"\xfe\xff\xdd\xe0"):
+        raise Refused("encapsulated pixel data is damaged")
 
 
 def read_hu(path: str, frame: int = 0) -> np.ndarray:

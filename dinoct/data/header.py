@@ -7,9 +7,9 @@ range. No reason that this module gives quotes a value from the file: reasons go
 
 import math
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 from pydicom.dataset import Dataset
 
 from dinoct.data.tags import FRAME_MACROS, PHASE_TAGS, TAGS
@@ -136,7 +136,7 @@ def check_image(ds: Dataset) -> None:
     if text(ds, "BurnedInAnnotation").upper() == "YES":
         raise Refused("burned-in annotation")
     check_image_type(text(ds, "ImageType"))
-    if uint16(ds, "SamplesPerPixel", 1) != 1:
+    if uint16(ds, "SamplesPerPixel") != 1:
         raise Refused("colour image")
     if text(ds, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         raise Refused("PhotometricInterpretation is not MONOCHROME1 or MONOCHROME2")
@@ -183,25 +183,28 @@ def padding_range(ds: Dataset, signed: bool) -> tuple[int, int] | None:
     return min(value, limit), max(value, limit)
 
 
-def slice_normal(orientation: tuple[float, ...]) -> np.ndarray:
-    """Return the unit normal [3] of ImageOrientationPatient, turned so that it points to the head (z >= 0)."""
-    normal = np.cross(orientation[:3], orientation[3:])
-    normal = normal / np.linalg.norm(normal)
-    return -normal if normal[2] < 0 else normal
+@lru_cache(maxsize=1024)  # a series has one orientation
+def slice_normal(orientation: tuple[float, ...]) -> tuple[float, float, float]:
+    """Return the unit normal of ImageOrientationPatient, turned so that it points to the head (z >= 0)."""
+    (a, b, c), (d, e, f) = orientation[:3], orientation[3:]
+    normal = b * f - c * e, c * d - a * f, a * e - b * d
+    length = math.copysign(math.hypot(*normal), normal[2])
+    return normal[0] / length, normal[1] / length, normal[2] / length
 
 
 def check_orientation(orientation: tuple[float, ...]) -> None:
     """Refuse an ImageOrientationPatient that is no plane (PS3.3 C.7.6.2.1.1)."""
-    row, column = np.array(orientation[:3]), np.array(orientation[3:])
-    lengths = np.linalg.norm(row), np.linalg.norm(column)
-    if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(row @ column)) > 0.01:
+    row, column = orientation[:3], orientation[3:]
+    cosine = sum(x * y for x, y in zip(row, column, strict=True))
+    if max(abs(math.hypot(*row) - 1), abs(math.hypot(*column) - 1), abs(cosine)) > 0.01:
         raise Refused("ImageOrientationPatient is not two unit vectors at right angles")
 
 
 def check_axial(orientation: tuple[float, ...]) -> None:
-    normal = np.abs(slice_normal(orientation))
+    """Refuse a plane whose normal leans away from the long axis by more than a gantry can."""
+    normal = [abs(x) for x in slice_normal(orientation)]
     if normal[2] < math.cos(math.radians(AXIAL_TILT_DEG)):
-        plane = {0: "sagittal", 1: "coronal", 2: "oblique"}[int(np.argmax(normal))]
+        plane = {0: "sagittal", 1: "coronal", 2: "oblique"}[normal.index(max(normal))]
         raise Refused(f"not axial: {plane}")
 
 

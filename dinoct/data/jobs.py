@@ -104,7 +104,7 @@ def _slice(handle: BinaryIO, header: SliceHeader, job: SeriesJob) -> tuple[np.nd
     hu = to_hu(stored, header.slope, header.intercept)
     pixels = finish_hu(hu, stored, header.padding, hu_min=job.hu_min, hu_max=job.hu_max)
     body = np.count_nonzero(pixels > BODY_HU) / pixels.size
-    mean = float(pixels.sum(dtype=np.int64)) / pixels.size
+    mean = int(pixels.sum(axis=0, dtype=np.int32).sum(dtype=np.int64)) / pixels.size
     return pixels, SliceStats(checksum(pixels), body, mean, int(hu.min()), int(hu.max()))
 
 

@@ -232,6 +232,7 @@ def _scan(run: _Run) -> None:
                     found = [(series.group_key(header, run.hasher), header) for header in headers]
                 run.catalog.add_scan(file_id, found)
         run.catalog.commit()
+        run.tell()
 
 
 def _scan_task(files: list[tuple[str, str, int]]) -> Task:
@@ -261,6 +262,7 @@ def _decode(run: _Run) -> int:
     for outcome in run.pool.run(stage.tasks(stale), run.step):
         stage.take(outcome)
         run.bytes_out = stage.bytes_out
+        run.tell()
     return stage.slices_new
 
 

@@ -29,6 +29,7 @@ from pydicom.uid import (
 from dinoct.data.header import Refused, SliceHeader
 
 HU_MIN, HU_MAX = -1024, 3071
+_BELOW_AIR = HU_MIN - 100  # scanners write -2000 to -3024 outside their circle, declared as padding or not
 # One decoder per syntax: which one pydicom would pick depends on what else is installed (Pillow takes JPEG 2000).
 PLUGINS = {
     JPEGLSLossless: "pyjpegls",
@@ -65,24 +66,31 @@ def read_stored(handle: BinaryIO, header: SliceHeader) -> np.ndarray:
 
 def _decode(handle: BinaryIO, header: SliceHeader) -> np.ndarray:
     syntax = UID(header.transfer_syntax)
-    options = {
-        "rows": header.rows,
-        "columns": header.cols,
-        "samples_per_pixel": 1,
-        "photometric_interpretation": "MONOCHROME2",
-        "bits_allocated": 16,
-        "bits_stored": header.bits_stored,
-        "pixel_representation": int(header.signed),
-        "number_of_frames": header.frames,
-        "pixel_keyword": "PixelData",
-        "pixel_vr": "OW",
-    }
-    decoder = get_decoder(syntax)
-    if not decoder.is_native:
-        plugin = PLUGINS[syntax]
-        _check_codestream(handle, header, plugin)
-        handle.seek(header.offset)
-        return decoder.as_array(handle, index=header.frame, raw=True, decoding_plugin=plugin, **options)[0]
+    if not syntax.is_encapsulated:
+        return _native(handle, header, ">u2" if syntax == ExplicitVRBigEndian else "<u2")
+    plugin = PLUGINS[syntax]
+    _check_codestream(handle, header, plugin)
+    handle.seek(header.offset)
+    pixels, _ = get_decoder(syntax).as_array(
+        handle,
+        index=header.frame,
+        raw=True,
+        decoding_plugin=plugin,
+        rows=header.rows,
+        columns=header.cols,
+        samples_per_pixel=1,
+        photometric_interpretation="MONOCHROME2",
+        bits_allocated=16,
+        bits_stored=header.bits_stored,
+        pixel_representation=int(header.signed),
+        number_of_frames=header.frames,
+        pixel_keyword="PixelData",
+    )
+    return pixels
+
+
+def _native(handle: BinaryIO, header: SliceHeader, dtype: str) -> np.ndarray:
+    """Read a frame that is not compressed: 16-bit words, of which the lower `bits_stored` bits hold the value."""
     size = header.rows * header.cols * 2
     if header.offset < 0:
         handle.seek(0)
@@ -92,8 +100,12 @@ def _decode(handle: BinaryIO, header: SliceHeader) -> np.ndarray:
         data = handle.read(size)
     if len(data) != size:
         raise Refused("pixel data is cut")
-    _check_bits(np.frombuffer(data, ">u2" if syntax == ExplicitVRBigEndian else "<u2"), header)
-    return decoder.as_array(data, index=0, raw=True, **(options | {"number_of_frames": 1}))[0]
+    words = np.frombuffer(data, dtype).astype(np.uint16, copy=False).reshape(header.rows, header.cols)
+    _check_bits(words, header)
+    if not header.signed:
+        return words
+    unused = 16 - header.bits_stored
+    return (words << unused).view(np.int16) >> unused  # the shift back extends the sign
 
 
 def _check_codestream(handle: BinaryIO, header: SliceHeader, plugin: str) -> None:
@@ -156,10 +168,13 @@ def finish_hu(
     Padding is an inclusive range of stored values. No CT image: a constant one, or values that cannot be HU (more than
     half of them above bone, or hardly any between air and bone).
     """
-    high = np.count_nonzero(hu > HU_MAX)
-    low = np.count_nonzero(hu < HU_MIN - 100)  # scanners write -2000 to -3024 outside their circle, declared or not
-    if high > hu.size / 2 or hu.size - high - low < hu.size / 100:
-        raise Refused("values cannot be HU")
+    low, high = int(hu.min()), int(hu.max())
+    if low == high:
+        raise Refused("constant slice")
+    if high > HU_MAX or low < _BELOW_AIR:
+        above, below = np.count_nonzero(hu > HU_MAX), np.count_nonzero(hu < _BELOW_AIR)
+        if above > hu.size / 2 or hu.size - above - below < hu.size / 100:
+            raise Refused("values cannot be HU")
     result = np.clip(hu, hu_min, hu_max).astype(np.int16, copy=False)
     if padding is not None:
         np.putmask(result, (stored >= padding[0]) & (stored <= padding[1]), hu_min)

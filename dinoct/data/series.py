@@ -62,17 +62,12 @@ def group_key(header: SliceHeader, hasher: Hasher) -> str:
 
 def position_mm(header: SliceHeader) -> float:
     """Return the place of the slice along its normal (towards the head), in mm."""
-    return float(np.dot(slice_normal(header.orientation), header.position))
+    return sum(x * y for x, y in zip(slice_normal(header.orientation), header.position, strict=True))
 
 
 def sort_slices(slices: Sequence[SliceRef]) -> list[SliceRef]:
     """Sort feet to head by position on the slice normal; neither z nor InstanceNumber is reliable. Ties are stable."""
-    normals = {orientation: slice_normal(orientation) for orientation in {ref.header.orientation for ref in slices}}
-    places = [float(np.dot(normals[ref.header.orientation], ref.header.position)) for ref in slices]
-    order = sorted(
-        range(len(slices)), key=lambda i: (places[i], slices[i].header.sop, slices[i].file_id, slices[i].frame)
-    )
-    return [slices[i] for i in order]
+    return sorted(slices, key=lambda ref: (position_mm(ref.header), ref.header.sop, ref.file_id, ref.frame))
 
 
 def clusters(ordered: Sequence[SliceRef]) -> list[list[SliceRef]]:
@@ -131,7 +126,7 @@ def series_name(group: str, label: str, hasher: Hasher) -> str:
 def geometry(ordered: Sequence[SliceRef]) -> Geometry:
     """Measure the steps between sorted slices and the tilt of the gantry."""
     normal = slice_normal(ordered[0].header.orientation)
-    tilt = math.degrees(math.acos(min(1.0, abs(float(normal[2])))))
+    tilt = math.degrees(math.acos(min(1.0, normal[2])))
     steps = np.diff([position_mm(ref.header) for ref in ordered])
     if len(steps) == 0:
         return Geometry(math.nan, math.nan, 0, 0, tilt)

@@ -38,7 +38,7 @@ class Finished(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The worker died in step `step` of the task; nothing of the task's result is known."""
+    """The worker died (or ran out of memory) in step `step` of the task, which has no result."""
 
     task: Task
     step: int
@@ -138,6 +138,8 @@ class _Worker:
             on_step(value)
             return None
         self.task = None
+        if kind == "memory":
+            return Lost(task, self._step, "out of memory")
         if kind == "failed":
             raise DinoctError(value)
         return Finished(task, value)
@@ -194,6 +196,8 @@ def serve(connection: Connection, parent: int, timeout_s: float, memory_mb: int)
             return
         try:
             answer = ("done", function(payload, step))
+        except MemoryError:
+            answer = ("memory", None)
         except Exception as error:
             answer = ("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from synthetic_dicom import AXIAL, write_slice
+from synthetic_dicom import write_slice
 
 from dinoct.data.dicom import read_headers
 from dinoct.data.privacy import Hasher
@@ -120,7 +120,3 @@ def test_two_series_that_nothing_tells_apart_are_refused_whole(header, values):
     resolved = resolve(slices, digests(slices, "abcd"))
     assert resolved.series == []
     assert len(resolved.refused) == 4
-
-
-def test_axial_constant_is_what_headers_say(header):
-    assert header.orientation == tuple(AXIAL)

@@ -1,0 +1,133 @@
+"""A checkpoint is whole or it is refused; what it holds is data and never code."""
+
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinoct import checkpoint as checkpoints
+from dinoct.checkpoint import find_latest, link_final, list_checkpoints, load, rotate, save
+from dinoct.errors import CheckpointError
+
+STATE = {"model": {"w": torch.arange(4096, dtype=torch.float32)}, "optimizer": {"w": {"step": torch.tensor(3.0)}}}
+
+
+def write(folder: Path, step: int) -> Path:
+    path = folder / checkpoints.checkpoint_name(step)
+    save(path, STATE, {"step": step, "config": {"model": {"name": "x"}}})
+    return path
+
+
+def test_round_trip(tmp_path):
+    found = load(write(tmp_path, 7))
+    assert (found.step, found.meta["config"]["model"]["name"]) == (7, "x")
+    assert torch.equal(found.state["model"]["w"], STATE["model"]["w"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000007.pth"]
+
+
+def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
+    path = write(tmp_path, 1)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    seen = 0
+    for _ in range(150):
+        broken = bytearray(whole)
+        broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(broken)
+        try:
+            state = load(path).state
+        except CheckpointError:
+            seen += 1
+        else:
+            assert torch.equal(state["model"]["w"], STATE["model"]["w"])
+    assert seen > 100
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_cut_files_are_refused(tmp_path, keep):
+    path = write(tmp_path, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match="not a dinoct checkpoint, or is cut or damaged"):
+        load(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (str(Bomb.crater),)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "ours"])
+def test_a_pickle_bomb_does_not_go_off(tmp_path, kind):
+    Bomb.crater = tmp_path / "crater"
+    path = tmp_path / "checkpoint_00000001.pth"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save(Bomb() if kind == "torch" else {"meta": "{}", "state": Bomb()}, path)
+    with pytest.raises(CheckpointError, match="not a dinoct checkpoint"):
+        load(path)
+    assert not Bomb.crater.exists()
+
+
+def test_foreign_files_get_one_clear_line(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"state_dict": {"w": torch.zeros(2)}}, path)
+    with pytest.raises(CheckpointError, match="is not a dinoct checkpoint") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        load(tmp_path / "nothing.pth")
+
+
+def test_another_format_is_named(tmp_path):
+    path = tmp_path / "checkpoint_00000001.pth"
+    torch.save({"meta": json.dumps({"format": 99}), "state": {}}, path)
+    with pytest.raises(CheckpointError, match="format 99; this dinoct reads 1"):
+        load(path)
+
+
+def test_rotation_keeps_the_last_and_the_milestones(tmp_path):
+    for step in range(100, 1000, 100):
+        write(tmp_path, step)
+    emergency = tmp_path / "emergency_00000150.pth"
+    emergency.write_bytes(b"x")
+    rotate(tmp_path, keep_last=2, keep_every=300)
+    kept = [checkpoints.step_of(path) for path in list_checkpoints(tmp_path)]
+    assert kept == [300, 600, 800, 900]
+    assert emergency.exists()
+
+
+def test_the_final_checkpoint_is_a_link(tmp_path):
+    path = write(tmp_path, 384)
+    final = link_final(path)
+    assert final.name == "checkpoint_final_00000384.pth"
+    assert final.samefile(path)
+    assert list_checkpoints(tmp_path) == [path]
+
+
+def test_latest_skips_broken_files_and_names_them(tmp_path):
+    old, new = tmp_path / "a", tmp_path / "b"
+    for folder in (old, new):
+        folder.mkdir()
+    write(old, 500)
+    good, broken = write(new, 100), write(new, 200)
+    broken.write_bytes(broken.read_bytes()[:-50])
+    found, warnings = find_latest([new, old])
+    assert found.path == good
+    assert len(warnings) == 1
+    assert "checkpoint_00000200.pth" in warnings[0]
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = write(tmp_path, 1)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(path, STATE, {"step": 2})
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,153 @@
+"""Typed wrong: exit status 1 and one clear line. Judged and drawn: the files and exit statuses of the contract."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import REPOSITORY, TINY, run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["model=vit-gaint"], ["vit-gaint", "vit-giant"]),
+        (["optim.lrr=1"], ["optim.lrr is not a setting", "did you mean optim.lr"]),
+        (["loss.gram.weight=0"], ["loss.gram.weight=0 is refused", "always on"]),
+        (["loss.gram.weight=1e-12"], ["loss.gram.weight=1e-12 is refused"]),
+        (["~loss.gram"], ["~loss.gram is refused", "always on"]),
+        (["model.patch=14", "model.img_size=512"], ["model.img_size=512", "model.patch=14", "504 or 518"]),
+        (["data.root=/nowhere"], ["data.root", "/nowhere", "dinoct-prepare"]),
+        (["train.max_steps=many"], ["train.max_steps", "many"]),
+        (["resume=auto"], ["resume=auto: no usable checkpoint in outputs/runs"]),
+        (["resume=/nowhere/c.pth"], ["there is no checkpoint at /nowhere/c.pth"]),
+        (["hardware.device=cuda"], ["hardware.device=cuda was asked for"]),
+        (["optim.lr"], ["optim.lr"]),
+        (["+optim.lrr=1"], ["there is no setting optim.lrr", "did you mean optim.lr"]),
+        (["optim.lr=abc"], ["optim.lr=abc", "could not be converted to Float"]),
+        (["loss.gram=null"], ["loss.gram=null", "not Optional"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_wrong_input_to_train(workplace, capfd, arguments, says):
+    if torch.cuda.is_available() and "hardware.device=cuda" in arguments:
+        pytest.skip("there is a card")
+    assert run("train", *arguments) == 1
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    for words in says:
+        assert words in err
+    assert not (workplace / "outputs").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert run("train", *TINY, f"data.root={phantom_root}", f"run_dir={folder}", "train.max_steps=2") == 0
+    return folder / "checkpoint_00000002.pth"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], ["checkpoint is needed"]),
+        (["checkpoint=/nowhere.pth"], ["there is no checkpoint at /nowhere.pth"]),
+        (["checkpoint={text}"], ["not a dinoct checkpoint"]),
+        (["checkpoint={good}", "model=vit-large"], ["model=vit-large", "this one holds demo (patch 16, 32/2/4)"]),
+        (["checkpoint={good}", "n=1"], ["n must be at least 2"]),
+        (["checkpoint={good}", "data.root=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_wrong_input_to_eval(trained, workplace, capfd, arguments, says):
+    (workplace / "text.pth").write_text("not a checkpoint")
+    typed = [a.format(good=trained, text=workplace / "text.pth") for a in arguments]
+    assert run("eval", *typed) == 1
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1, err
+    for words in says:
+        assert words in err
+
+
+def test_eval_writes_its_verdict_beside_the_checkpoint(trained, workplace, capfd):
+    status = run("eval", f"checkpoint={trained}", "hardware=cpu", "hardware.num_workers=0")
+    (path,) = trained.parent.glob("view_retrieval_step*.json")
+    report = json.loads(path.read_text())
+    assert path.name == f"view_retrieval_step00000002_N{report['n']}.json"
+    assert status == (0 if report["passed"] else 2)
+    assert report["baseline"] == 1 / report["n"]
+    assert report["ratio"] == pytest.approx(report["top1"] * report["n"])
+    assert set(report["baselines"]) == {"random_init", "pixels", "histogram"}
+    out = capfd.readouterr().out
+    for name, check in report["checks"].items():
+        assert f"{'pass' if check['passed'] else 'FAIL'}  {name}: " in out
+    assert "n=4096, but the validation split has" in out
+
+
+def test_eval_is_repeatable_and_takes_out_and_n(trained, workplace):
+    for folder in ("a", "b"):
+        run("eval", f"checkpoint={trained}", "n=6", f"out={folder}", "hardware=cpu", "hardware.num_workers=0")
+    a, b = (json.loads((workplace / f / "view_retrieval_step00000002_N6.json").read_text()) for f in ("a", "b"))
+    assert a == b
+    assert a["n"] == 6
+
+
+def test_monitor_draws(trained, workplace):
+    assert run("monitor", f"checkpoint={trained}", "out=look", "hardware=cpu") == 0
+    assert {path.name for path in (workplace / "look").iterdir()} == {"input.png", "heatmap.png", "stats.json"}
+    stats = json.loads((workplace / "look" / "stats.json").read_text())
+    assert stats["std"] > 0.001
+    for name in ("input.png", "heatmap.png"):
+        assert (workplace / "look" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_foreign_target_in_a_checkpoint_is_not_instantiated(trained, phantom_root, workplace):
+    from dinoct import checkpoint as checkpoints
+
+    found = checkpoints.load(trained)
+    found.meta["config"]["engine"]["_target_"] = "os.mkdir"
+    path = workplace / "checkpoint_00000002.pth"
+    checkpoints.save(path, found.state, found.meta)
+    arguments = ["hardware=cpu", "hardware.num_workers=0", "train.max_steps=3", "run_dir=again"]
+    assert run("train", f"resume={path}", *arguments) == 0
+    config = json.loads((workplace / "again" / "config.json").read_text())
+    assert config["config"]["engine"]["_target_"] == "dinoct.engine.Engine"
+
+
+@pytest.mark.parametrize(
+    "script", ["phase5_big_run", "phase5_view_retrieval_eval", "phase5_monitor", "check_checkpoint"]
+)
+def test_older_scripts_run(trained, phantom_root, workplace, script):
+    typed = {
+        "phase5_big_run": [*TINY, f"data.root={phantom_root}", "--max-steps", "1", "--device", "cpu"],
+        "phase5_view_retrieval_eval": [
+            "--checkpoint", trained, "--split-manifest", phantom_root / "_splits" / "val30_seed0.json",
+            "--index-csv", phantom_root / "_index" / "index.csv", "--n", "8", "hardware=cpu",
+        ],
+        "phase5_monitor": ["--checkpoint", trained, "out=look", "--device", "cpu"],
+        "check_checkpoint": [trained, trained],
+    }[script]  # fmt: skip
+    path = REPOSITORY / "scripts" / f"{script}.py"
+    done = subprocess.run(
+        [sys.executable, path, *map(str, typed)], cwd=workplace, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode in ((0, 2) if "eval" in script else (0,)), done.stderr
+    if script == "check_checkpoint":
+        assert done.stdout.count("entropy of softmax(centre") == 2
+    else:
+        assert "equivalent: dinoct-" in done.stdout
+
+
+def test_help_is_quick_to_import_and_teaches():
+    """Help must not wait for torch: it is not imported at all."""
+    code = (
+        "import sys; sys.argv = ['dinoct-train', '--help']\n"
+        "from dinoct.train import cli\n"
+        "try: cli()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'wandb' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for words in ("resume=auto", "optim.lr", "vit-giant", "-m", "Exit status"):
+        assert words in done.stdout

@@ -1,0 +1,56 @@
+"""The older flags: every one maps, wrong ones are refused, the step's meaning is said."""
+
+import pytest
+
+from dinoct.cli import option_keys
+from dinoct.config import EvalConfig, MonitorConfig, TrainConfig
+from dinoct.errors import ConfigError
+from dinoct.legacy import EVAL_FLAGS, MONITOR_FLAGS, TRAIN_FLAGS, TRAIN_SWITCHES, step_note, to_overrides
+
+
+def test_phase5a_as_typed():
+    typed = (
+        "--config vit-large --max-steps 384 --num-workers 8 --batch-size 64 --accumulation-steps 4 --grad-checkpoint"
+    )
+    hydra, overrides = to_overrides(typed.split(), TRAIN_FLAGS, TRAIN_SWITCHES)
+    assert hydra == []
+    assert overrides == [
+        "model=vit-large",
+        "train.max_steps=384",
+        "hardware.num_workers=8",
+        "train.batch_size=64",
+        "train.accumulation_steps=4",
+        "train.grad_checkpoint=true",
+    ]
+    assert step_note(overrides).endswith("4 micro-batches of 64 = 256 slices, and --max-steps 384 means 384 updates")
+
+
+def test_overrides_switches_and_hydra_flags_mix():
+    typed = ["-m", "--amp", "false", "--lr=1e-3,5e-4", "aug=multicrop", "--grad-checkpoint"]
+    hydra, overrides = to_overrides(typed, TRAIN_FLAGS, TRAIN_SWITCHES)
+    assert hydra == ["-m"]
+    assert overrides == ["train.amp=false", "optim.lr=1e-3,5e-4", "aug=multicrop", "train.grad_checkpoint=true"]
+
+
+def test_paths_with_odd_characters_are_quoted():
+    _, overrides = to_overrides(["--resume", "a b/c=d(1)'s.pth"], TRAIN_FLAGS)
+    assert overrides == ["resume='a b/c=d(1)\\'s.pth'"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [(["--max-step", "3"], "--max-step is not a flag"), (["--resume"], "--resume needs a value"),
+     (["--resume", "--amp"], "--resume needs a value")],
+)  # fmt: skip
+def test_wrong_flags_are_refused(typed, says):
+    with pytest.raises(ConfigError, match=says):
+        to_overrides(typed, TRAIN_FLAGS, TRAIN_SWITCHES)
+
+
+def test_every_flag_leads_to_a_setting():
+    for flags, schema in (
+        (TRAIN_FLAGS | TRAIN_SWITCHES, TrainConfig),
+        (EVAL_FLAGS, EvalConfig),
+        (MONITOR_FLAGS, MonitorConfig),
+    ):
+        assert set(flags.values()) <= set(option_keys(schema))

@@ -1,0 +1,86 @@
+"""Scores of encoders that are known: perfect, blind, constant."""
+
+import numpy as np
+import pytest
+import torch
+
+from dinoct.config import ProbeConfig
+from dinoct.evals.features import PairFeatures, histogram_encoder, pixel_encoder
+from dinoct.evals.judge import checks
+from dinoct.evals.retrieval import bootstrap_difference, dispersion, key_ranks, score
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_perfect_encoder():
+    x = randn(100, 16)
+    got = score(PairFeatures(x, 2 * x))
+    assert (got.top1, got.top5, got.mean_percentile_rank, got.ratio) == (1.0, 1.0, 0.0, 100.0)
+
+
+def test_a_blind_encoder_is_at_chance():
+    got = score(PairFeatures(randn(1000, 16, seed=0), randn(1000, 16, seed=1)))
+    assert got.mean_percentile_rank == pytest.approx(0.5, abs=0.03)
+    assert got.ratio < 6
+
+
+def test_a_constant_encoder_wins_nothing_by_ties():
+    got = score(PairFeatures(torch.ones(50, 4), torch.ones(50, 4)))
+    assert got.top1 == 0
+    assert got.mean_percentile_rank == pytest.approx(0.5)
+
+
+def test_chunks_do_not_matter():
+    a, b = randn(70, 8, seed=0), randn(70, 8, seed=1)
+    assert np.array_equal(key_ranks(a, b, chunk=7), key_ranks(a, b))
+
+
+def test_dispersion_tells_spread_from_collapse():
+    spread = dispersion(randn(500, 32))
+    assert spread["feature_std"] == pytest.approx(1.0, abs=0.02)
+    assert abs(spread["mean_cosine"]) < 0.01
+    collapsed = dispersion(torch.ones(500, 32) + 0.01 * randn(500, 32))
+    assert collapsed["feature_std"] < 0.02
+    assert collapsed["mean_cosine"] > 0.99
+    line = dispersion(randn(500, 1) * randn(1, 32, seed=1))
+    assert line["effective_rank"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_bootstrap_interval_holds_the_difference():
+    a, b = np.random.default_rng(0).normal(0.2, 0.1, 400), np.random.default_rng(1).normal(0.3, 0.1, 400)
+    low, high = bootstrap_difference(a, b, draws=500, seed=0)
+    assert low < (a - b).mean() < high < 0
+
+
+def report(**changes) -> dict:
+    good = {
+        "ratio": 20.0, "mean_percentile_rank": 0.1, "feature_std": 0.9, "feature_std_raw": 0.08, "mean_cosine": 0.05,
+        "rank_minus_random_init_95": [-0.25, -0.15], "baselines": {"random_init": {"mean_percentile_rank": 0.3}},
+    }  # fmt: skip
+    return good | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "failing"),
+    [
+        ({}, []),
+        ({"ratio": 2.9}, ["ratio"]),
+        ({"rank_minus_random_init_95": [-0.02, 0.01]}, ["rank"]),
+        ({"ratio": 13.0, "feature_std": 0.11}, ["collapse"]),
+        ({"mean_cosine": 0.98}, ["collapse"]),
+    ],
+)
+def test_the_verdict_says_which_condition_failed(changes, failing):
+    result = checks(report(**changes), ProbeConfig())
+    assert [name for name, check in result.items() if not check["passed"]] == failing
+
+
+def test_baseline_encoders():
+    x = torch.rand(3, 1, 64, 64)
+    assert pixel_encoder(x).shape == (3, 1024)
+    assert pixel_encoder(x).mean(dim=1).abs().max() < 1e-5
+    shuffled = x.flatten(2)[..., torch.randperm(64 * 64)].view_as(x)
+    assert torch.equal(histogram_encoder(x), histogram_encoder(shuffled))
+    assert histogram_encoder(x).sum(dim=1) == pytest.approx([1.0, 1.0, 1.0])

@@ -1,0 +1,259 @@
+"""Whole runs: what lands in the folder, and that a run which was interrupted equals one which was not."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from commands import TINY, losses, metrics, run, start
+
+from dinoct import checkpoint as checkpoints
+
+
+def train(root, folder, *overrides: str) -> int:
+    return run("train", *TINY, f"data.root={root}", f"run_dir={folder}", *overrides)
+
+
+def weights(path):
+    return checkpoints.load(path).state["model"]
+
+
+def assert_same_weights(a, b):
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_leaves_what_the_contract_says(phantom_root, workplace):
+    folder = workplace / "run"
+    overrides = [
+        "train.max_steps=6",
+        "ckpt.every=2",
+        "ckpt.keep_last=2",
+        "monitor.every=4",
+        "eval.every=3",
+        "eval.n=16",
+    ]
+    assert train(phantom_root, folder, *overrides, "tracker.wandb=offline", "tracker.tensorboard=true") == 0
+    names = {path.name for path in folder.iterdir()}
+    assert {"checkpoint_00000004.pth", "checkpoint_00000006.pth", "checkpoint_final_00000006.pth"} <= names
+    assert {"config.json", "metrics.jsonl", "train.log", "tb", "wandb", "monitor"} <= names
+    assert "checkpoint_00000002.pth" not in names
+    assert {p.name for p in (folder / "monitor" / "step_00000004").iterdir()} == {
+        "heatmap.png",
+        "input.png",
+        "stats.json",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["state"] == "done"
+    assert len(config["data_manifest_hash"]) == 16
+    assert int(config["data_manifest_hash"], 16) >= 0
+    assert config["config"]["train"]["max_steps"] == 6
+    assert "train.max_steps=6" in config["command"]
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {
+        "loss/dino",
+        "loss/gram",
+        "loss/koleo",
+        "Train/Entropy_Teacher",
+        "Train/Entropy_Student",
+        "Train/ln_K",
+    } <= set(rows[0])
+    assert rows[-1]["Train/samples_seen"] == 48
+    assert 0 <= rows[2]["Eval/mean_percentile_rank"] <= 1
+    log = (folder / "train.log").read_text()
+    assert "step=     6 loss=" in log
+    assert "auto: " in log
+
+
+def test_default_folder_is_outputs_runs_with_a_time_stamp(phantom_root, workplace):
+    assert run("train", *TINY, f"data.root={phantom_root}", "train.max_steps=1") == 0
+    (folder,) = (workplace / "outputs" / "runs").iterdir()
+    time.strptime(folder.name[:15], "%Y%m%d_%H%M%S")
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (2, 0), (0, 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(phantom_root, workplace, first, second):
+    """Drop path, every term and masks on; other numbers of workers before and after."""
+    common = ["optim.horizon=9", "model.drop_path=0.3", "loss.ibot.weight=1", "aug.local_crops=2", "aug.local_size=16"]
+    common += ["loss.gram.teacher=lagged", "train.accumulation_steps=2"]
+    whole, parts = workplace / "whole", workplace / "parts"
+    assert train(phantom_root, whole, *common, "train.max_steps=9") == 0
+    assert train(phantom_root, parts, *common, "train.max_steps=5", f"hardware.num_workers={first}") == 0
+    resume = [
+        f"resume={parts}",
+        "train.max_steps=9",
+        "hardware=cpu",
+        f"hardware.num_workers={second}",
+        "hardware.threads=1",
+    ]
+    assert run("train", *resume) == 0
+    assert losses(parts) == losses(whole)
+    assert_same_weights(parts / "checkpoint_00000009.pth", whole / "checkpoint_00000009.pth")
+
+
+def test_interrupted_at_a_random_step_and_resumed(phantom_root, workplace):
+    whole, parts = workplace / "whole", workplace / "outputs" / "runs" / "20260101_000000"
+    length = ["train.max_steps=60", "ckpt.every=1000"]
+    assert train(phantom_root, whole, *length) == 0
+    command = [*TINY, f"data.root={phantom_root}", f"run_dir={parts}", *length]
+    process = start("train", *command, cwd=workplace)
+    try:
+        stop_at = random.Random(time.time_ns()).randrange(2, 40)
+        while not (parts / "metrics.jsonl").exists() or len(metrics_text(parts)) < stop_at:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "stopped by signal 2 at step" in out
+    assert err == ""
+    assert json.loads((parts / "config.json").read_text())["state"] == "stopped"
+    assert run("train", "resume=auto", "hardware=cpu", "hardware.num_workers=0", "hardware.threads=1") == 0
+    assert losses(parts) == losses(whole)
+    assert_same_weights(parts / "checkpoint_00000060.pth", whole / "checkpoint_00000060.pth")
+    config = json.loads((parts / "config.json").read_text())
+    assert len(config["history"]) == 2
+    assert config["history"][1]["from_step"] == len(losses(whole)) - (60 - config["history"][1]["from_step"])
+
+
+def metrics_text(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_metrics_behind_the_resumed_step_are_cut(phantom_root, workplace):
+    """Killed between checkpoints: what was logged after the last one is logged again, once."""
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=4", "optim.horizon=6", "ckpt.every=2") == 0
+    before = losses(folder)
+    (folder / "checkpoint_00000004.pth").unlink()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss/to')  # cut in the middle of a line
+    assert run("train", f"resume={folder}", "train.max_steps=6", "hardware=cpu", "hardware.num_workers=0") == 0
+    after = losses(folder)
+    assert [row[0] for row in after] == [1, 2, 3, 4, 5, 6]
+    assert after[:4] == before
+
+
+def test_resume_takes_what_was_typed_and_keeps_the_rest(phantom_root, workplace):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=2", "optim.lr=1e-3", "optim.horizon=8") == 0
+    again = [
+        "experiment=demo",
+        f"resume={folder}",
+        "train.max_steps=3",
+        "optim.clip=1",
+        "hardware=cpu",
+        "hardware.num_workers=0",
+    ]
+    assert run("train", *again) == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["optim"]["lr"] == 1e-3  # the experiment typed again does not bring its own back
+    assert config["config"]["model"]["dim"] == 32
+    assert config["horizon"] == 8
+    assert set(config["history"][1]["changes"]) == {"train.max_steps: 2 -> 3", "optim.clip: 3.0 -> 1.0"}
+
+
+def test_resume_on_another_device_profile_keeps_schedule_and_order(phantom_root, workplace):
+    folder = workplace / "run"
+    length = ["train.max_steps=2", "optim.horizon=4", "train.accumulation_steps=2"]
+    assert train(phantom_root, folder, *length) == 0
+    profile = ["hardware=rocm_strix", "hardware.device=cpu", "hardware.num_workers=0"]
+    typed = ["train.max_steps=4", "train.batch_size=16", "train.accumulation_steps=1"]
+    assert run("train", f"resume={folder}", *profile, *typed) == 0
+    rows = metrics(folder)
+    assert [row["Train/samples_seen"] for row in rows] == [16, 32, 48, 64]
+    whole = workplace / "whole"
+    assert train(phantom_root, whole, "train.max_steps=4", "train.accumulation_steps=2") == 0
+    assert [row["Train/lr"] for row in rows] == [row["Train/lr"] for row in metrics(whole)]
+
+
+def test_resume_refuses_another_architecture_by_name(phantom_root, workplace, capfd):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1") == 0
+    capfd.readouterr()
+    assert run("train", f"resume={folder}", "loss.out_dim=128", "model.depth=3", "hardware=cpu") == 1
+    err = capfd.readouterr().err
+    assert "model.depth=3 (checkpoint: 2)" in err
+    assert "loss.out_dim=128 (checkpoint: 64)" in err
+
+
+def test_a_sweep_makes_a_folder_per_value_and_a_table(phantom_root, workplace, capfd):
+    arguments = [*TINY, f"data.root={phantom_root}", "train.max_steps=2", "optim.lr=1e-4,3e-4", "tracker.wandb=offline"]
+    assert run("train", "-m", *arguments) == 0
+    (sweep,) = (workplace / "outputs" / "sweeps").iterdir()
+    runs = sorted(path.name for path in sweep.iterdir() if path.is_dir())
+    assert len(runs) == 2
+    assert runs[0].startswith("0_")
+    assert not any("=" in name for name in runs)
+    for name, lr in zip(runs, (1e-4, 3e-4), strict=True):
+        config = json.loads((sweep / name / "config.json").read_text())
+        assert config["config"]["optim"]["lr"] == lr
+        assert config["sweep"] == sweep.name
+        assert list((sweep / name / "wandb").glob("offline-run-*"))
+    assert "optim.lr" in (sweep / "summary.csv").read_text()
+    assert "0.0003" in capfd.readouterr().out
+
+
+def test_one_failed_job_does_not_stop_a_sweep(phantom_root, workplace, capfd):
+    arguments = [*TINY, f"data.root={phantom_root}", "train.max_steps=1", "loss.gram.weight=0,1"]
+    assert run("train", "-m", *arguments) == 1
+    assert "loss.gram.weight=0 is refused" in capfd.readouterr().err
+    (sweep,) = (workplace / "outputs" / "sweeps").iterdir()
+    assert len(list(sweep.glob("*/checkpoint_final_*.pth"))) == 1
+
+
+def test_nan_stops_before_the_optimiser_moves(phantom_root, workplace, capfd, monkeypatch):
+    from dinoct.models.ssl import SelfDistillation
+
+    forward, calls = SelfDistillation.forward, []
+
+    def poisoned(self, batch, **kwargs):
+        terms = forward(self, batch, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            terms.total = terms.total * float("nan")
+            terms.scalars["loss/total"] = terms.total.detach()
+        return terms
+
+    monkeypatch.setattr(SelfDistillation, "forward", poisoned)
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=5", "ckpt.every=1") == 1
+    err = capfd.readouterr().err
+    assert "step 3: loss/total is not finite" in err
+    assert len(err.splitlines()) == 1
+    assert_same_weights(folder / "emergency_00000002.pth", folder / "checkpoint_00000002.pth")
+    emergency = checkpoints.load(folder / "emergency_00000002.pth")
+    assert emergency.meta["positions"] == list(range(16, 24))
+    assert json.loads((folder / "config.json").read_text())["state"] == "failed"
+
+
+def test_gram_is_in_every_record_and_in_the_gradient(phantom_root, workplace):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=20") == 0
+    rows = metrics(folder)
+    assert rows[0]["loss/gram"] == 0
+    assert all(row["loss/gram"] > 0 for row in rows[5:])
+    assert [row["step"] for row in rows if "Train/gram_gradient_share" in row] == [1, 10, 20]
+    assert 0 < rows[-1]["Train/gram_gradient_share"] <= 1.5
+
+
+def test_two_trainers_do_not_share_a_folder(phantom_root, workplace, capfd):
+    from dinoct.rundir import RunFolder
+
+    folder = workplace / "run"
+    with RunFolder.create(str(folder)):
+        assert train(phantom_root, folder, "train.max_steps=1") == 1
+    assert "another process is training in" in capfd.readouterr().err
+
+
+def test_a_finished_run_is_not_overwritten(phantom_root, workplace, capfd):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1") == 0
+    assert train(phantom_root, folder, "train.max_steps=1") == 1
+    assert "holds a run already" in capfd.readouterr().err
