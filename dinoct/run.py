@@ -37,7 +37,7 @@ def execute(plan: RunPlan) -> Outcome:
     with folder, run_log(folder.path / "train.log"):
         try:
             return _train(plan, hardware, data, folder)
-        except DinoctError as error:
+        except (DinoctError, KeyboardInterrupt) as error:
             log.debug("failed", exc_info=True)
             _mark_failed(folder, error)
             raise
@@ -49,10 +49,11 @@ def execute(plan: RunPlan) -> Outcome:
             raise DinoctError(message) from error
 
 
-def _mark_failed(folder: RunFolder, error: Exception) -> None:
+def _mark_failed(folder: RunFolder, error: BaseException) -> None:
     config = folder.read_config()
     if config:
-        folder.write_config(config | {"state": "failed", "error": " ".join(str(error).split())})
+        reason = " ".join(str(error).split()) or type(error).__name__
+        folder.write_config(config | {"state": "failed", "error": reason})
 
 
 def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) -> Outcome:

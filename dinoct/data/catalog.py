@@ -37,6 +37,7 @@ CREATE INDEX IF NOT EXISTS drops_by_group ON drops (grp);
 CREATE TABLE IF NOT EXISTS series (
     name TEXT PRIMARY KEY, grp TEXT NOT NULL, patient TEXT NOT NULL, bytes INTEGER NOT NULL, info TEXT NOT NULL)
     WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS series_by_group ON series (grp);
 CREATE TABLE IF NOT EXISTS slices (
     series TEXT NOT NULL, row INTEGER NOT NULL, slice_id TEXT NOT NULL, file_id TEXT NOT NULL, frame INTEGER NOT NULL,
     cells TEXT NOT NULL, PRIMARY KEY (series, row)) WITHOUT ROWID;
@@ -162,6 +163,10 @@ class Catalog:
             digest.update(repr(row).encode())
             count += 1
         return sorted(stale, key=lambda entry: (-entry[2], entry[0]))
+
+    def holds_series_of(self, groups: Iterable[str]) -> bool:
+        """Say whether one of the groups has a series in the store already."""
+        return any(self.one("SELECT 1 FROM series WHERE grp = ?", group) for group in groups)
 
     def group(self, group: str) -> tuple[list[SliceRef], dict[str, Source]]:
         """Return the slices of a group, and by file what reading it needs (with the header of its first frame)."""

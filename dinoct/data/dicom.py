@@ -59,10 +59,11 @@ def read_headers(path: str, *, axial_only: bool = True) -> list[SliceHeader] | R
     that is not an axial CT image with known HU. A file whose class cannot be read counts as CT.
     With `axial_only` a reformat is refused.
     """
-    storage = UID("")
+    storage, size = UID(""), 0
     try:
         with open(path, "rb") as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            size = os.fstat(handle.fileno()).st_size
             ds = dcmread(handle, stop_before_pixels=True, specific_tags=list(tags.TAGS.values()))
             storage = UID(h.text(ds, "SOPClassUID"))
             if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
@@ -72,7 +73,7 @@ def read_headers(path: str, *, axial_only: bool = True) -> list[SliceHeader] | R
             h.check_axial(header.orientation)
         return headers
     except InvalidDicomError:
-        return Rejected("not_dicom", "empty file" if not os.path.getsize(path) else "not a DICOM file", False)
+        return Rejected("not_dicom", "not a DICOM file" if size else "empty file", False)
     except Refused as error:
         return Rejected("refused", str(error), storage in CT_CLASSES or not storage)
     except (OSError, MemoryError) as error:

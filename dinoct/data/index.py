@@ -37,7 +37,8 @@ COLUMNS: dict[str, str] = {
     "hu_mean": "float32",
     "checksum": "U8",
 }
-_ROWS_AT_ONCE = 16_384
+_ROWS_AT_ONCE = 4096
+TEMPORARY = ".tmp"  # files on their way are called .NAME.*.tmp
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _joined(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
 def atomic_text(path: Path) -> Iterator[TextIO]:
     """Open a temporary file beside `path` for writing; fsync and rename it at the end, or remove it on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as handle:
             os.fchmod(handle.fileno(), 0o644)
@@ -155,6 +156,12 @@ def atomic_text(path: Path) -> Iterator[TextIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what killed runs left on its way into `folder`."""
+    for path in Path(folder).glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> int:

@@ -8,8 +8,9 @@ written slice by slice, so memory does not grow with the number of files. A run 
 
 import fcntl
 import os
+import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,12 @@ from dinoct.data import jobs, series
 from dinoct.data.catalog import Catalog
 from dinoct.data.dicom import Rejected
 from dinoct.data.groups import SeriesStage
+from dinoct.data.index import sweep_temporary
 from dinoct.data.pixels import HU_MAX, HU_MIN
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
 from dinoct.data.publish import explain, publish, publish_split
-from dinoct.data.store import sweep_store
+from dinoct.data.store import remove_series_except
+from dinoct.data.walk import find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
 from dinoct.errors import DinoctError
 
@@ -138,7 +141,7 @@ def prepare_dataset(
     again leave it. Raises PrepareError: a source that is missing, no slice, too many refused CT files (rejects.csv is
     written, the index is not), fewer than two patients (the index is written), a full disk.
     """
-    root = Path(root).absolute()
+    root = Path(root).resolve()
     folders = [Path(source).resolve() for source in sources]
     for given, folder in zip(sources, folders, strict=True):
         if not folder.exists():
@@ -153,8 +156,9 @@ def prepare_dataset(
         raise
     except DinoctError as error:
         raise PrepareError(str(error)) from error
-    except OSError as error:
-        raise PrepareError(f"cannot write to {root}: {error.strerror or type(error).__name__}") from error
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise PrepareError(f"cannot write to {root}: {reason}") from error
 
 
 @contextmanager
@@ -168,7 +172,8 @@ def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], 
         except BlockingIOError:
             raise PrepareError(f"another prepare is at work on {root}") from None
         store.mkdir(exist_ok=True)
-        sweep_store(store)
+        for name in _OWN_FOLDERS:
+            sweep_temporary(root / name)
         hasher, catalog = Hasher(load_or_create_salt(root)), Catalog(private / "catalog.sqlite")
         limits = {"timeout_s": options.file_timeout_s, "memory_mb": options.memory_mb}
         pool = WorkerPool(options.workers, **limits) if options.workers else InProcess()
@@ -177,28 +182,7 @@ def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], 
         finally:
             pool.close()
             catalog.close()
-            sweep_store(store)
-
-
-def find_files(folders: Iterable[Path], skip: frozenset[bytes] = frozenset()) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Yield (real path, stat) of all regular files, following links, each folder once; `skip` are folders to leave out.
-
-    Paths are bytes: a file name need not be valid in any encoding.
-    """
-    seen: set[tuple[int, int]] = set()
-    stack = [os.fsencode(folder) for folder in reversed(list(folders))]
-    while stack:
-        path = stack.pop()
-        try:
-            state = os.stat(path)
-            if os.path.isdir(path):
-                if (state.st_dev, state.st_ino) not in seen and path not in skip:
-                    seen.add((state.st_dev, state.st_ino))
-                    stack.extend(os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True))
-            elif os.path.isfile(path):  # pipes, sockets and devices are no files to read
-                yield os.path.realpath(path), state
-        except OSError:  # a dangling link, or a folder that we may not enter
-            continue
+            sweep_temporary(store)
 
 
 def _register(run: _Run, folders: list[Path]) -> None:
@@ -257,6 +241,9 @@ def _decode(run: _Run) -> int:
     run.catalog.require({path.stem: path.stat().st_size for path in store.glob("*.b2nd")})
     options = run.options
     stale = run.catalog.stale_groups(f"{options.hu_min} {options.hu_max}")
+    if run.catalog.holds_series_of(key for key, _, _ in stale):
+        # A series of the index is about to change: no index is better than one that names other slices.
+        (run.root / "_index" / "index.csv").unlink(missing_ok=True)
     run.begin("decode", sum(count for _, _, count in stale))
     stage = SeriesStage(run.catalog, run.hasher, store, (options.hu_min, options.hu_max), run.pool.again)
     for outcome in run.pool.run(stage.tasks(stale), run.step):
@@ -280,7 +267,7 @@ def _report(run: _Run, new: int) -> PrepareReport:
             f"prepare.max_reject_fraction={options.max_reject_fraction:g}; all are in {tables.rejects_csv}:{summary}"
         )
     index = tables.write_index()
-    sweep_store(run.root / "store", keep=set(index.series_names))
+    remove_series_except(run.root / "store", set(index.series_names))
     manifest = publish_split(
         run.root,
         index,

@@ -43,7 +43,7 @@ def write_salt(root: Path, salt: bytes) -> None:
     if len(salt) != SALT_BYTES:
         raise DinoctError(f"a salt has {SALT_BYTES} bytes, not {len(salt)}")
     path = private_folder(root) / "salt"
-    temporary = path.with_name(f"salt.{os.getpid()}.tmp")
+    temporary = path.with_name(f".salt.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as handle:
         handle.write(salt)

@@ -15,6 +15,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 
+from dinoct.data.index import TEMPORARY
 from dinoct.errors import DinoctError
 
 # A process forked after Blosc2 has started its threads hangs in its first read. One thread per process is no loss: the
@@ -25,7 +26,6 @@ STORE_FORMAT = "b2nd-zstd1-shuffle-1"  # part of what decides whether a series m
 BLOCK = (64, 512)
 _MAX_HANDLES = 1024  # a handle is a small header in memory; Blosc2 opens the file anew at each read
 _SERIES = re.compile(r"[0-9A-Za-z_-]{1,64}")
-_TEMPORARY = ".tmp"
 
 
 def checksum(pixels: np.ndarray) -> str:
@@ -49,7 +49,7 @@ class SeriesWriter:
     def __init__(self, folder: Path, series: str, *, slices: int, rows: int, cols: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = series_path(folder, series)
-        self._temporary = folder / f".{series}.{os.getpid()}.{secrets.token_hex(4)}{_TEMPORARY}"
+        self._temporary = folder / f".{series}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}"
         self._shape = (rows, cols)
         self._count = 0
         blocks = (1, min(BLOCK[0], rows), min(BLOCK[1], cols))
@@ -100,14 +100,11 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep_store(folder: Path, keep: set[str] | None = None) -> None:
-    """Remove the temporary files of killed runs and, where `keep` is given, the series that are not in it."""
-    for path in Path(folder).glob(f".*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
-    if keep is not None:
-        for path in Path(folder).glob("*.b2nd"):
-            if path.stem not in keep:
-                path.unlink(missing_ok=True)
+def remove_series_except(folder: Path, keep: set[str]) -> None:
+    """Remove the series of a store that are not in `keep`."""
+    for path in Path(folder).glob("*.b2nd"):
+        if path.stem not in keep:
+            path.unlink(missing_ok=True)
 
 
 class SliceStore:

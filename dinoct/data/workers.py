@@ -199,7 +199,8 @@ def serve(connection: Connection, parent: int, timeout_s: float, memory_mb: int)
         except MemoryError:
             answer = ("memory", None)
         except Exception as error:
-            answer = ("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            reason = getattr(error, "strerror", None) or type(error).__name__  # its text may quote a path
+            answer = ("failed", f"a worker failed: {reason} (0 workers show where)")
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             connection.send(answer)

@@ -17,10 +17,11 @@ from synthetic_dicom import body, enhanced, save, write_misbehaving, write_serie
 
 from dinoct.data import jobs
 from dinoct.data.index import SliceIndex
-from dinoct.data.pipeline import PrepareError, PrepareOptions, Progress, find_files, prepare_dataset
+from dinoct.data.pipeline import PrepareError, PrepareOptions, Progress, prepare_dataset
 from dinoct.data.privacy import write_salt
 from dinoct.data.splits import SplitManifest
 from dinoct.data.store import SliceStore
+from dinoct.data.walk import find_files
 
 SALT = bytes(range(32))
 
@@ -163,6 +164,19 @@ def test_a_damaged_or_missing_series_of_the_store_is_written_again(source, root)
     two.write_bytes(two.read_bytes()[:-100])
     assert prepare(source, root).slices_new > 0
     assert fingerprint(root) == good
+
+
+def test_an_index_that_no_longer_fits_the_store_does_not_survive_a_failed_run(source, root):
+    index_csv = prepare(source, root).index_csv
+    write_series(source / "d", 2, patient="P4", seed=40)
+    with pytest.raises(PrepareError):
+        prepare(source, root, max_reject_fraction=0.0)
+    assert index_csv.exists()  # a new series takes nothing from the old index
+    (source / "a" / "0002").unlink()
+    with pytest.raises(PrepareError):
+        prepare(source, root, max_reject_fraction=0.0)
+    assert not index_csv.exists()
+    assert prepare(source, root).slices_written == 15
 
 
 def test_files_that_share_a_series_uid_across_patients_are_not_merged(tmp_path, root):
