@@ -22,8 +22,10 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared phantom data set: 5 patients, 50 small slices."""
     from dinoct.data.phantom import PhantomSpec, write_phantom
     from dinoct.data.pipeline import PrepareOptions, prepare_dataset
+    from dinoct.data.privacy import write_salt
 
     root = tmp_path_factory.mktemp("phantom")
+    write_salt(root, b"phantom " * 4)
     write_phantom(root / "dicom", PhantomSpec(patients=5, slices=8, size=96))
     prepare_dataset([root / "dicom"], root, PrepareOptions(workers=0, val_fraction=0.3))
     return root

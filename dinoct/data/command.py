@@ -1,5 +1,6 @@
 """What ``dinoct-prepare`` does with its settings: check, run with progress, say what came out."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 from dinoct.config import PhantomConfig, PrepareConfig
 from dinoct.console import console, progress
 from dinoct.data.pipeline import PrepareOptions, PrepareReport, Progress, explain, prepare_dataset
-from dinoct.data.privacy import private_folder
+from dinoct.data.privacy import private_folder, write_salt
 from dinoct.errors import ConfigError
 
 
@@ -51,7 +52,7 @@ def _sources(cfg: PrepareConfig, root: Path) -> list[Path]:
     if cfg.source is None:
         raise ConfigError("source is needed: a folder of CT DICOM, a list of folders, or source=phantom")
     if cfg.source == "phantom":
-        return [_write_phantom(cfg.phantom, root / "dicom", seed=cfg.seed)]
+        return [_write_phantom(cfg.phantom, root, seed=cfg.seed)]
     sources = [Path(item) for item in (cfg.source if isinstance(cfg.source, list) else [cfg.source])]
     for number, source in enumerate(sources, 1):
         if not source.exists():  # the path itself may hold a name: the number says which one
@@ -59,9 +60,13 @@ def _sources(cfg: PrepareConfig, root: Path) -> list[Path]:
     return sources
 
 
-def _write_phantom(cfg: PhantomConfig, folder: Path, *, seed: int) -> Path:
+def _write_phantom(cfg: PhantomConfig, root: Path, *, seed: int) -> Path:
+    """Invented patients need no secret: a salt that follows from the seed makes the whole data set repeatable."""
     from dinoct.data.phantom import PhantomSpec, write_phantom
 
+    if not (private_folder(root) / "salt").exists():
+        write_salt(root, hashlib.sha256(f"dinoct phantom {seed}".encode()).digest())
+    folder = root / "dicom"
     spec = PhantomSpec(patients=cfg.patients, slices=cfg.slices, size=cfg.size, seed=seed)
     console.print(f"phantom: {cfg.patients} invented patients into {folder}", markup=False)
     with progress("files") as bar:
