@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Engine:
         self.best_rank: float | None = None
         self._pending: list[tuple[int, Scalars]] = []
         self._waited = 0.0
+        self._positions: list[int] = []  # samples of the current update
         self._clock = Clock()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -93,16 +94,16 @@ class Engine:
             self._clock.start(self.step, self.samples_seen)
             while not self._finished() and not stop.requested:
                 scalars = self.update(batches)
-                judged = self.judge() if self._due(cfg.eval.every) else {}
+                judged = self._aside(self.judge) if self._due(cfg.eval.every) else {}
                 self._report(scalars, judged)
                 bar.update(task, completed=self.step)
                 if self._due(cfg.ckpt.every):
                     saved = self.save()
                 if self._due(cfg.monitor.every):
-                    self.draw()
-        self._flush()
-        if saved is None or checkpoints.step_of(saved) != self.step:
-            saved = self.save()
+                    self._aside(self.draw)
+            self._flush()
+            if saved is None or checkpoints.step_of(saved) != self.step:
+                saved = self.save()
         if stop.requested:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, saved)
         else:
@@ -116,6 +117,7 @@ class Engine:
         lr, decay, momentum = s.lr(step), s.weight_decay(step), s.teacher_momentum(step)
         apply_schedule(self.optimizer, lr=lr, weight_decay=decay, frozen=s.last_layer_frozen(step))
         rng, means = rng_state(), {}
+        self._positions.clear()
         # --- one step -----------------------------------------------------------------------------------------------
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(accumulation):
@@ -158,7 +160,7 @@ class Engine:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        self._positions = batch.positions
+        self._positions += batch.positions
         return batch
 
     def _finished(self) -> bool:
@@ -253,14 +255,23 @@ class Engine:
         state = self.state_dict() | ({"rng": rng} if rng else {})
         meta = self.meta | {"step": self.step, "samples_seen": self.samples_seen}
         if emergency:
-            meta |= {"positions": self._positions}
+            meta |= {"positions": list(self._positions)}
         size = checkpoints.save(path, state, meta)
         if not emergency:
             checkpoints.rotate(self.run.path, keep_last=self.cfg.ckpt.keep_last, keep_every=self.cfg.ckpt.keep_every)
         log.info("saved %s (%.1f MB, %.1f s)", path.name, size / 1e6, time.perf_counter() - start)
         return path
 
-    def draw(self) -> None:
+    def _aside(self, look: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Run something that only looks at the model: what goes wrong there is reported and training goes on."""
+        try:
+            return look()
+        except Exception as error:
+            log.warning("%s failed at step %d, training goes on: %s", look.__name__, self.step, error)
+            log.debug("traceback", exc_info=True)
+            return {}
+
+    def draw(self) -> dict[str, float]:
         """input.png, heatmap.png and stats.json of the middle validation slice, by the EMA teacher."""
         middle = len(self.val_index) // 2
         out = self.run.path / "monitor" / f"step_{self.step:08d}"
@@ -273,6 +284,7 @@ class Engine:
             out=out,
             title=f"step {self.step}",
         )
+        return {}
 
     def judge(self) -> dict[str, float]:
         """View retrieval of the EMA teacher on a fixed small set of held-out slices."""

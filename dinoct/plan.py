@@ -53,6 +53,8 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
                 "run_dir cannot be given in a sweep: its runs would share the folder; use hydra.sweep.dir"
             )
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
+        if cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
+            cfg.eval.every = cfg.train.max_steps
     plan = RunPlan(cfg, command, choices, run_dir, sweep)
     if cfg.resume is None:
         validate(cfg)

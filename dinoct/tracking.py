@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from dinoct.config import TrackerConfig
+from dinoct.console import log
 
 
 class Sink(Protocol):
@@ -101,28 +102,42 @@ class Wandb:
 
 
 class Tracker:
-    """Passes every record to all sinks."""
+    """Passes every record to all sinks.
 
-    def __init__(self, sinks: list[Sink]):
-        self.sinks = sinks
+    metrics.jsonl is the record of the run: where it cannot be written, training stops. Another sink that fails, such as
+    a W&B service that died, is reported, dropped, and training goes on.
+    """
+
+    def __init__(self, record: JsonLines, others: list[Sink]):
+        self.record, self.others = record, others
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Keep the scalars of a step; the tags are the dictionary's keys."""
-        for sink in self.sinks:
-            sink.log(step, scalars)
+        self.record.log(step, scalars)
+        for sink in list(self.others):
+            self._try(sink, lambda sink=sink: sink.log(step, scalars))
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        for sink in list(self.others):
+            self._try(sink, sink.close)
+        self.record.close()
+
+    def _try(self, sink: Sink, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.others.remove(sink)
+            log.warning("%s failed and is dropped, metrics.jsonl goes on: %s", type(sink).__name__, error)
 
 
 def build_tracker(
     cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], resume_step: int = 0
 ) -> Tracker:
     """The tracker of a training run in `folder`; `resume_step` is the step of the checkpoint that it goes on from."""
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", resume_step=resume_step)]
+    record = JsonLines(folder / "metrics.jsonl", resume_step=resume_step)
+    sinks: list[Sink] = []
     if cfg.tensorboard:
         sinks.append(TensorBoard(folder / "tb", resume_step=resume_step))
     if cfg.wandb != "disabled":
         sinks.append(Wandb(cfg, folder, run_id=run_id, config=config, job_type="train"))
-    return Tracker(sinks)
+    return Tracker(record, sinks)

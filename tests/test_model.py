@@ -75,6 +75,30 @@ def test_gram_starts_at_exactly_zero_with_the_ema_teacher_and_grows_with_a_mask(
     assert masked(batch(masked=True), teacher_temperature=0.05).scalars["loss/gram"] > 0
 
 
+def test_losses_are_float32_under_autocast(monkeypatch):
+    """A matrix product of float32 tensors is bf16 inside autocast: the terms must be computed outside of it."""
+    from dinoct import losses
+
+    seen = []
+    for name in ("gram_loss_per_image", "koleo_loss", "cross_entropy_pairs", "masked_cross_entropy"):
+        plain = getattr(losses, name)
+
+        def spy(*args, plain=plain, **kwargs):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(losses, name, spy)
+    model = make(tiny_loss(ibot=IbotConfig(weight=1.0)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = model(batch(masked=True, local=2), teacher_temperature=0.05)
+        assert torch.is_autocast_enabled("cpu")
+    assert len(seen) == 5
+    assert not any(seen)
+    assert terms.total.dtype == torch.float32
+    terms.total.backward()
+    assert all(p.grad.isfinite().all() for p in model.student.parameters() if p.grad is not None)
+
+
 def test_no_gradient_reaches_a_teacher():
     model = make(tiny_loss(gram=GramConfig(teacher="lagged"), ibot=IbotConfig(weight=1.0)))
     model(batch(masked=True, local=2), teacher_temperature=0.05).total.backward()

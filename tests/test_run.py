@@ -1,5 +1,6 @@
 """Whole runs: what lands in the folder, and that a run which was interrupted equals one which was not."""
 
+import csv
 import json
 import random
 import signal
@@ -196,7 +197,10 @@ def test_a_sweep_makes_a_folder_per_value_and_a_table(phantom_root, workplace, c
         assert config["config"]["optim"]["lr"] == lr
         assert config["sweep"] == sweep.name
         assert list((sweep / name / "wandb").glob("offline-run-*"))
-    assert "optim.lr" in (sweep / "summary.csv").read_text()
+    header, *table = csv.reader((sweep / "summary.csv").read_text().splitlines())
+    assert "optim.lr" in header
+    ranks = [float(row[header.index("rank")]) for row in table]
+    assert ranks == sorted(ranks)  # judged at the end, best first
     assert "0.0003" in capfd.readouterr().out
 
 

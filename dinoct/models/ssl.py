@@ -74,8 +74,10 @@ class SelfDistillation(nn.Module):
             self.register_buffer(f"{name}_center_count", torch.zeros(()), persistent=False)
 
     def forward(self, batch: CropBatch, *, teacher_temperature: float) -> LossTerms:
-        """Losses of one micro-batch; no state moves except the sums for the centres."""
-        cfg = self.cfg
+        """Losses of one micro-batch; no state moves except the sums for the centres.
+
+        The networks run in whatever autocast is on; the losses are computed in float32 outside of it.
+        """
         n_slices = len(batch.groups)
         teacher = self._teach(batch, teacher_temperature)
         cls, patches = self.student.backbone(batch.global_crops, batch.masks)
@@ -83,6 +85,23 @@ class SelfDistillation(nn.Module):
         if batch.local_crops is not None:
             all_cls = torch.cat([cls, self.student.backbone(batch.local_crops)[0]])
         logits = self.student.dino_head(all_cls).float().unflatten(0, (-1, n_slices))  # [Vg + Vl, B, K]
+        masked = None
+        if self.student.ibot_head is not None and teacher.patch_probs is not None:
+            masked = self.student.ibot_head(patches[batch.masks])  # [M, K]
+        with torch.autocast(cls.device.type, enabled=False):
+            return self._losses(batch, teacher, cls, patches, logits, masked)
+
+    def _losses(
+        self,
+        batch: CropBatch,
+        teacher: "TeacherOutput",
+        cls: Tensor,
+        patches: Tensor,
+        logits: Tensor,
+        masked: Tensor | None,
+    ) -> LossTerms:
+        """The terms from the student's class tokens ``[Vg * B, D]``, patch tokens, and prototype scores."""
+        cfg, n_slices = self.cfg, len(batch.groups)
         terms = {
             "dino": losses.cross_entropy_pairs(
                 student_logits=logits,
@@ -90,11 +109,12 @@ class SelfDistillation(nn.Module):
                 student_temperature=cfg.dino.student_temperature,
             ),
             "koleo": sum(losses.koleo_loss(view, groups=batch.groups) for view in cls.split(n_slices)),
+            "gram": losses.gram_loss_per_image(patches, teacher.gram_patches).mean(),
         }
-        per_image = losses.gram_loss_per_image(patches, teacher.gram_patches)  # [Vg * B]
-        terms["gram"] = per_image.mean()
-        if self.student.ibot_head is not None and batch.masks is not None:
-            terms["ibot"] = self._ibot(patches, teacher, batch.masks)
+        if masked is not None:
+            terms["ibot"] = self._ibot(masked, teacher.patch_probs, batch.masks)
+        elif self.student.ibot_head is not None:
+            terms["ibot"] = patches.sum() * 0.0  # no crop of this micro-batch drew a mask
         total = sum(getattr(cfg, name).weight * value for name, value in terms.items())
         scalars = {f"loss/{name}": value.detach() for name, value in terms.items()} | {"loss/total": total.detach()}
         with torch.no_grad():
@@ -121,13 +141,11 @@ class SelfDistillation(nn.Module):
             return losses.sinkhorn_knopp(logits, temperature=temperature)
         return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
 
-    def _ibot(self, patches: Tensor, teacher: "TeacherOutput", masks: Tensor) -> Tensor:
-        if teacher.patch_probs is None:
-            return patches.sum() * 0.0
+    def _ibot(self, logits: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
         weights = (1.0 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]  # [M]
         return losses.masked_cross_entropy(
-            student_logits=self.student.ibot_head(patches[masks]),
-            teacher_probs=teacher.patch_probs,
+            student_logits=logits,
+            teacher_probs=probs,
             weights=weights,
             n_images=len(masks),
             student_temperature=self.cfg.dino.student_temperature,

@@ -1,0 +1,69 @@
+"""One record in three places; what fails beside the run does not end it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinoct.config import TrackerConfig
+from dinoct.tracking import JsonLines, Tracker, build_tracker, rewind
+
+
+def test_rewind_cuts_later_records_and_half_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    rewind(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+class Broken:
+    def log(self, step, scalars):
+        raise ConnectionError("the service died")
+
+    def close(self):
+        raise ConnectionError("still dead")
+
+
+def test_a_dead_tracker_does_not_end_the_run(tmp_path):
+    tracker = Tracker(JsonLines(tmp_path / "metrics.jsonl"), [Broken()])
+    tracker.log(1, {"a": 1.0})
+    tracker.log(2, {"a": 2.0})
+    tracker.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.fixture
+def logged(tmp_path) -> Path:
+    cfg = TrackerConfig(group="sweep1", tags=["demo", "cpu"])
+    for start in (0, 2):
+        tracker = build_tracker(cfg, tmp_path, run_id="abcd1234", config={"optim": {"lr": 0.1}}, resume_step=start)
+        for step in (start + 1, start + 2, start + 3)[: 3 if start == 0 else 2]:
+            tracker.log(step, {"loss/total": 1.0 / step, "Train/Entropy_Teacher": 2.0})
+        tracker.close()
+    return tmp_path
+
+
+def test_metrics_of_a_resumed_run_hold_each_step_once(logged):
+    steps = [json.loads(line)["step"] for line in (logged / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_tensorboard_has_the_same_tags(logged):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logged / "tb")).Reload()
+    assert {"loss/total", "Train/Entropy_Teacher"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
+
+
+def test_wandb_offline_runs_read_back(logged):
+    """By the official reader: same id in both folders, group, tags, and our own step."""
+    files = sorted((logged / "wandb").glob("offline-run-*/run-abcd1234.wandb"))
+    assert len(files) == 2
+    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json"]
+    texts = [subprocess.run([*command, file], capture_output=True, text=True, timeout=60).stdout for file in files]
+    assert "sweep1" in texts[0]
+    assert "demo" in texts[0]
+    assert "Train/Entropy_Teacher" in texts[1]
