@@ -15,7 +15,7 @@ from dinoct.anomaly import AnomalyDetector
 from dinoct.clock import Clock
 from dinoct.config import TrainConfig
 from dinoct.console import log, progress
-from dinoct.data.dataset import SliceViews, read_slice, train_loader
+from dinoct.data.dataset import SliceViews, middle_slice, read_slice, train_loader
 from dinoct.data.index import SliceIndex
 from dinoct.errors import DinoctError
 from dinoct.evals.judge import judge
@@ -272,12 +272,11 @@ class Engine:
             return {}
 
     def draw(self) -> dict[str, float]:
-        """input.png, heatmap.png and stats.json of the middle validation slice, by the EMA teacher."""
-        middle = len(self.val_index) // 2
+        """input.png, heatmap.png and stats.json of the first validation series' middle slice, by the EMA teacher."""
         out = self.run.path / "monitor" / f"step_{self.step:08d}"
         draw_monitor(
             self.model.teacher.backbone,
-            read_slice(self.val_index, self.train_data.store, middle),
+            read_slice(self.val_index, self.train_data.store, middle_slice(self.val_index)),
             window=self.cfg.aug.window,
             size=self.cfg.model.img_size,
             device=self.hardware.device,

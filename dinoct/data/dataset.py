@@ -66,6 +66,12 @@ def read_slice(index: SliceIndex, store: SliceStore, i: int) -> np.ndarray:
     return letterbox(hu, (float(index.spacing_row_mm[i]), float(index.spacing_col_mm[i])))
 
 
+def middle_slice(index: SliceIndex) -> int:
+    """Row of the middle slice of the first series: the one that is drawn where none is named."""
+    rows = np.flatnonzero(index.series == index.series[0])
+    return int(rows[len(rows) // 2])
+
+
 def sample_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """Order of the n slices in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)

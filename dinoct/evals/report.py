@@ -15,7 +15,7 @@ from dinoct.checkpoint import Checkpoint
 from dinoct.cli import DONE, FAILED
 from dinoct.config import DataConfig, EvalConfig, MonitorConfig, WindowConfig
 from dinoct.console import console, log, progress, run_log
-from dinoct.data.dataset import open_split, read_slice
+from dinoct.data.dataset import middle_slice, open_split, read_slice
 from dinoct.data.index import SliceIndex
 from dinoct.errors import ConfigError
 from dinoct.evals.judge import judge
@@ -118,7 +118,7 @@ def monitor_checkpoint(cfg: MonitorConfig) -> dict[str, Any]:
     checkpoint = checkpoints.load(cfg.checkpoint)
     hardware = resolve(cfg.hardware)
     _, val, store, _ = open_split(data_of(cfg.data, checkpoint))
-    i = len(val) // 2
+    i = middle_slice(val)
     if cfg.slice_id is not None:
         found = np.flatnonzero(val.slice_id == cfg.slice_id)
         if not len(found):
