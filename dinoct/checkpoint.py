@@ -6,7 +6,8 @@ A run folder::
       config.json                      settings, hardware, provenance, history of resumes
       checkpoint_00000100.pth ...      the last ckpt.keep_last, plus every ckpt.keep_every steps
       checkpoint_final_00000384.pth    hard link to the last one of a finished run
-      emergency_00000123.pth           healthy weights of the step at which training went wrong
+      emergency_00000123.pth           the state when training went wrong: before a NaN, or at a sign of collapse
+      abandoned_00000500.pth           later than the checkpoint that the run was resumed from
       metrics.jsonl train.log tb/ wandb/ monitor/step_00001000/
 
 A checkpoint is tensors plus JSON in torch's zip container: ``{"meta": str, "state": nested dicts of tensors}``. It is
@@ -14,6 +15,7 @@ read with ``weights_only=True`` after the CRC-32 of every record was checked, be
 otherwise; onto the CPU, so that it carries no device. Its config is read as data and never instantiated.
 """
 
+import errno
 import json
 import os
 import re
@@ -26,9 +28,9 @@ from typing import Any
 
 import torch
 
-from dinoct.errors import CheckpointError
+from dinoct.errors import CheckpointError, DinoctError
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"checkpoint_(\d{8})\.pth")
 
 
@@ -100,26 +102,44 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: the checksum of {broken} is wrong; take an earlier checkpoint")
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
     """Verify and read a checkpoint onto the CPU.
 
+    Args:
+        path: the file.
+        lazily: map the file and read a tensor when it is used; for those who want a part of it.
     Raises:
         CheckpointError: if it is missing, damaged, or not one of dinoct's.
+        DinoctError: if this machine cannot read it now (memory, open files): the file may be whole.
     """
     path = Path(path)
     verify(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
         meta = json.loads(content["meta"])
         state = content["state"]
-    except (
-        Exception
-    ) as error:  # a foreign file can fail in any way; torch's advice to load it unsafely is not passed on
+    except (MemoryError, OSError) as error:
+        raise DinoctError(f"{path} cannot be read now ({error or 'out of memory'}); it may be whole") from error
+    except Exception as error:  # a foreign file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "can't allocate memory" in reason:
+            raise DinoctError(f"{path} cannot be read now (out of memory); it may be whole") from error
         raise CheckpointError(f"{path} is not a dinoct checkpoint ({reason[:120]})") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {meta.get('format')}; this dinoct reads {FORMAT}")
+    if not isinstance(meta, dict) or not isinstance(meta.get("format"), int) or not 1 <= meta["format"] <= FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else None
+        raise CheckpointError(f"{path} has checkpoint format {found}; this dinoct reads 1 to {FORMAT}")
+    for step in range(meta["format"], FORMAT):
+        meta = MIGRATIONS[step](meta)
     return Checkpoint(path, meta, state)
+
+
+def _migrate_1_to_2(meta: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 keeps what the anomaly detector has seen, and whom the weights have; both start anew."""
+    anomalies = {"losses": [], "was_healthy": False, "wall_since": None, "streaks": {}}
+    return meta | {"format": 2, "anomalies": anomalies, "train_patients": []}
+
+
+MIGRATIONS = {1: _migrate_1_to_2}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -147,9 +167,23 @@ def link_final(path: Path) -> Path:
     final.unlink(missing_ok=True)
     try:
         os.link(path, final)
-    except OSError:
-        os.symlink(path.name, final)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK):
+            raise CheckpointError(f"cannot link {final}: {error.strerror}") from error
+        os.symlink(path.name, final)  # a file system without hard links
     return final
+
+
+def set_aside(folder: Path, *, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps: the run goes on from `after`, and they belong to what it leaves behind."""
+    moved = []
+    for path in list_checkpoints(folder):
+        if step_of(path) > after:
+            target = path.with_name(f"abandoned_{step_of(path):08d}.pth")
+            os.replace(path, target)
+            path.with_name(f"checkpoint_final_{step_of(path):08d}.pth").unlink(missing_ok=True)
+            moved.append(target)
+    return moved
 
 
 def find_latest(folders: Iterable[Path]) -> tuple[Checkpoint | None, list[str]]:

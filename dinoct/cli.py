@@ -4,14 +4,18 @@ Nothing heavy is imported here, so that `--help` and a mistyped key answer at on
 """
 
 import difflib
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened instead of printing its own digest
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -21,7 +25,6 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoct.errors import ConfigError, DinoctError
 
 DONE, ERROR, FAILED = 0, 1, 2
-CAUGHT = (DinoctError, HydraException, OmegaConfBaseException)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def run_command(
         nonlocal status
         try:
             outcome = task(cfg)
-        except CAUGHT as error:  # here and not outside: Hydra would print the overrides beside it, and end a sweep
+        except Exception as error:  # here and not outside: Hydra would print the overrides beside it, and end a sweep
             complain(error, schema)
             outcome = Outcome(ERROR, float("inf"))
         status = max(status, outcome.status)
@@ -64,10 +67,11 @@ def run_command(
         return outcome.objective
 
     try:
+        refuse_what_hydra_cannot_parse(sys.argv[1:])
         refuse_unknown_additions(sys.argv[1:], schema)
         before(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="pkg://dinoct.conf", config_name=config_name)(remember)()
-    except CAUGHT as error:
+    except Exception as error:
         status = complain(error, schema)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -77,9 +81,36 @@ def run_command(
 
 def complain(error: Exception, schema: type) -> int:
     """One line on stderr; returns the exit status."""
-    message = str(error) if isinstance(error, DinoctError) else explain_config_error(error, schema, sys.argv[1:])
+    if isinstance(error, DinoctError):
+        message = str(error)
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        message = explain_config_error(error, schema, sys.argv[1:])
+    else:
+        message = f"{type(error).__name__}: {error} (DINOCT_TRACEBACK=1 shows where)"
+    if os.environ.get("DINOCT_TRACEBACK") == "1":
+        traceback.print_exception(error)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return ERROR
+
+
+def refuse_what_hydra_cannot_parse(arguments: Sequence[str]) -> None:
+    """Hydra's parser prints its whole usage and exits with 2, which means a failed evaluation here.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            get_args_parser().parse_args(arguments)
+    except SystemExit as end:
+        if end.code in (0, None):  # --help and its like end the parse too
+            return
+        reason = said.getvalue().strip().splitlines()[-1].split("error:", 1)[-1].strip()
+        raise ConfigError(
+            f"{reason}. Settings are KEY=VALUE without dashes, and flags such as -m stand before them; "
+            "the older flags work with scripts/phase5_*.py"
+        ) from None
 
 
 def refuse_unknown_additions(arguments: Sequence[str], schema: type) -> None:
@@ -99,7 +130,7 @@ def refuse_unknown_additions(arguments: Sequence[str], schema: type) -> None:
 def explain_config_error(error: Exception, schema: type, overrides: Sequence[str]) -> str:
     """One sentence for an error of Hydra or OmegaConf, with the nearest key where one was misspelt."""
     text = str(error)
-    known = set(option_keys(schema))
+    known = {*option_keys(schema), "experiment", "sweep"}
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
         unknown = "=" in override and not override.startswith("hydra") and key not in known

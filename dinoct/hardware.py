@@ -2,7 +2,7 @@
 
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Hardware:
             "accumulation_steps": self.accumulation_steps,
             "amp": "bf16" if self.amp else "off",
             "threads": self.threads,
-            "attention": attention_backend(self.platform),
+            "attention": attention_backend(self.platform, self.amp),
         }
 
     def lines(self) -> list[str]:
@@ -60,13 +60,25 @@ def detect_platform() -> str:
     return "cpu"
 
 
-def attention_backend(platform_name: str) -> str:
-    """The kernel that scaled_dot_product_attention will take."""
+def attention_backend(platform_name: str, amp: bool) -> str:
+    """The kernel that scaled_dot_product_attention may take here."""
     if platform_name == "cpu":
         return "sdpa (cpu)"
     if platform_name == "rocm" and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
         return "math (slow): set TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
-    return "sdpa (flash)" if torch.backends.cuda.flash_sdp_enabled() else "sdpa (math)"
+    if not amp:
+        return "sdpa (float32: no flash kernel)"
+    return "sdpa (flash allowed)" if torch.backends.cuda.flash_sdp_enabled() else "sdpa (flash switched off)"
+
+
+def keep_effective_batch(hardware: Hardware, effective: int) -> Hardware:
+    """The same hardware with the accumulation that brings an update nearest to `effective` slices."""
+    if hardware.batch_size * hardware.accumulation_steps == effective:
+        return hardware
+    steps = max(1, round(effective / hardware.batch_size))
+    exact = "" if steps * hardware.batch_size == effective else f", nearest to {effective}"
+    reasons = hardware.reasons | {"accumulation_steps": f"keeps the checkpoint's effective batch{exact}"}
+    return replace(hardware, accumulation_steps=steps, reasons=reasons)
 
 
 def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardware:
@@ -101,7 +113,7 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
     limits = {"cuda": 8, "rocm": 16, "cpu": 2}
     workers = min(limits[name], max(cores - 1, 0))
     batch = {"cuda": 64, "rocm": 128, "cpu": 32}[name]
-    amp = name != "cpu" and torch.cuda.is_bf16_supported()
+    amp = name != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
     batch_size = pick("batch_size", steps.batch_size, hardware.batch_size, "train", batch, f"recommended on {name}")
     return Hardware(
         platform=name,

@@ -26,6 +26,7 @@ class RunPlan:
     run_dir: str | None  # null: a new folder under outputs/runs
     sweep: str | None = None  # the sweep's name, which groups its runs
     checkpoint: "Checkpoint | None" = None
+    typed: frozenset[str] = frozenset()  # keys on the command line
     warnings: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
 
@@ -55,7 +56,8 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
         if cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
             cfg.eval.every = cfg.train.max_steps
-    plan = RunPlan(cfg, command, choices, run_dir, sweep)
+    typed = frozenset(override.lstrip("+").split("=", 1)[0] for override in hydra.overrides.task)
+    plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=typed)
     if cfg.resume is None:
         validate(cfg)
         return plan

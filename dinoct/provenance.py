@@ -21,6 +21,7 @@ def git_commit() -> str:
         return run.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # installed inside somebody's repository is not part of it
         commit = git("rev-parse", "HEAD")[:12]
         return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):

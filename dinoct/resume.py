@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dinoct.checkpoint import Checkpoint, find_latest, load
+from dinoct.checkpoint import Checkpoint, find_latest, list_checkpoints, load
 from dinoct.config import TrainConfig
 from dinoct.errors import CheckpointError, ConfigError
 from dinoct.rundir import RUNS, newest_runs
@@ -37,14 +37,15 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
     path = Path(resume)
     if resume != "auto" and not path.is_dir():
         return load(path), []
-    folders = [path] if resume != "auto" else [Path(run_dir)] if run_dir else newest_runs()
+    runs = newest_runs()
+    folders = [path] if resume != "auto" else [Path(run_dir)] if run_dir else runs[:1]
     found, warnings = find_latest(folders)
     if found is None:
-        place = folders[0] if len(folders) == 1 else RUNS
-        skipped = "; ".join(warnings)
-        raise CheckpointError(
-            f"resume={resume}: no usable checkpoint in {place}" + (f" ({skipped})" if skipped else "")
-        )
+        place = folders[0] if folders else RUNS
+        skipped = f" ({'; '.join(warnings)})" if warnings else ""
+        older = next((str(run) for run in runs[1:] if list_checkpoints(run)), None) if resume == "auto" else None
+        hint = f"; an older run is resumed by name: resume={older}" if older else ""
+        raise CheckpointError(f"resume={resume}: no usable checkpoint in {place}{skipped}{hint}")
     return found, warnings
 
 

@@ -3,10 +3,12 @@
 import math
 import secrets
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from dinoct import checkpoint as checkpoints
 from dinoct import provenance
 from dinoct.cli import Outcome
 from dinoct.config import build_engine
@@ -14,13 +16,14 @@ from dinoct.console import log, run_log
 from dinoct.data.dataset import SliceViews, open_split
 from dinoct.data.views import ViewMaker
 from dinoct.errors import DinoctError
-from dinoct.hardware import Hardware, resolve
+from dinoct.hardware import Hardware, keep_effective_batch, resolve
 from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import build_optimizer
 from dinoct.plan import RunPlan
 from dinoct.rundir import RunFolder
+from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import ENDLESS_HORIZON, Schedules
 from dinoct.tracking import build_tracker
 
@@ -32,6 +35,9 @@ def execute(plan: RunPlan) -> Outcome:
         DinoctError: with one line; the traceback of anything unforeseen is in the run's train.log.
     """
     hardware = resolve(plan.cfg.hardware, plan.cfg.train)
+    if plan.checkpoint is not None and "train.accumulation_steps" not in plan.typed:
+        before = plan.checkpoint.meta["hardware"]
+        hardware = keep_effective_batch(hardware, before["batch_size"] * before["accumulation_steps"])
     data = open_split(plan.cfg.data)  # what is wrong with the data is said before a folder is made
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place)
     with folder, run_log(folder.path / "train.log"):
@@ -53,7 +59,8 @@ def _mark_failed(folder: RunFolder, error: BaseException) -> None:
     config = folder.read_config()
     if config:
         reason = " ".join(str(error).split()) or type(error).__name__
-        folder.write_config(config | {"state": "failed", "error": reason})
+        with suppress(OSError):  # the disk may be what failed
+            folder.write_config(config | {"state": "failed", "error": reason})
 
 
 def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) -> Outcome:
@@ -72,13 +79,23 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         "config": plan.config_dict(),
         "choices": plan.choices,
         "horizon": horizon,
-        "run_id": checkpoint.meta["run_id"] if checkpoint else secrets.token_hex(4),
+        "run_id": checkpoint.meta["run_id"] if plan.resumes_in_place else secrets.token_hex(4),
         "git_commit": provenance.git_commit(),
         "data_manifest_hash": manifest_hash,
+        "train_patients": _patients_seen(plan, manifest.train),
         "environment": provenance.environment(),
         "hardware": hardware.describe(),
     }
     describe(plan, hardware, folder, model, slices=(len(train_index), len(val_index)), horizon=horizon, notes=notes)
+    if checkpoint is not None and checkpoint.meta["data_manifest_hash"] != manifest_hash:
+        log.warning("the data or the split changed since the checkpoint: the order of the samples is another one now")
+    leaked = manifest.val & frozenset(meta["train_patients"])
+    if leaked:
+        log.warning("%d held-out patients were trained on before the resume: dinoct-eval will refuse", len(leaked))
+    if plan.resumes_in_place:
+        for path in checkpoints.set_aside(folder.path, after=checkpoint.step):
+            log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
+    check_space_for_run(folder.path, state_bytes(model.state_dict()) * 2, cfg.ckpt.keep_last)  # Adam's moments too
     folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(model.student.backbone)))
     if cfg.tracker.group is None:
         cfg.tracker.group = plan.sweep
@@ -87,7 +104,7 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         cfg.tracker,
         folder.path,
         run_id=meta["run_id"],
-        config=meta["config"] | {"git_commit": meta["git_commit"], "data_manifest_hash": manifest_hash},
+        config=meta["config"] | {k: meta[k] for k in ("git_commit", "data_manifest_hash", "environment", "hardware")},
         resume_step=checkpoint.step if checkpoint and plan.resumes_in_place else 0,
     )
     try:
@@ -113,6 +130,12 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         tracker.close()
     folder.set_state("stopped" if result.exit_status else "done", result.step)
     return Outcome(result.exit_status, result.mean_percentile_rank)
+
+
+def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:
+    """Keys of all patients that these weights were trained on, those before a resume included."""
+    before = plan.checkpoint.meta["train_patients"] if plan.checkpoint is not None else []
+    return sorted(train | frozenset(before))
 
 
 def _start_from(model: SelfDistillation, path: str) -> list[str]:

@@ -68,6 +68,7 @@ class Wandb:
     def __init__(self, cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], job_type: str):
         import wandb
 
+        self.wants_images = cfg.images
         settings = wandb.Settings(
             x_disable_meta=True,
             disable_git=True,
@@ -97,6 +98,11 @@ class Wandb:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self.run.log({"step": step} | dict(scalars))
 
+    def images(self, step: int, pictures: Mapping[str, Path]) -> None:
+        import wandb
+
+        self.run.log({"step": step} | {tag: wandb.Image(str(path)) for tag, path in pictures.items()})
+
     def close(self) -> None:
         self.run.finish()
 
@@ -116,6 +122,12 @@ class Tracker:
         self.record.log(step, scalars)
         for sink in list(self.others):
             self._try(sink, lambda sink=sink: sink.log(step, scalars))
+
+    def images(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Pictures of slices go to W&B, and only where tracker.images asks for it."""
+        for sink in list(self.others):
+            if isinstance(sink, Wandb) and sink.wants_images:
+                self._try(sink, lambda sink=sink: sink.images(step, pictures))
 
     def close(self) -> None:
         for sink in list(self.others):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from dinoct.config import AugConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, WindowConfig
+from dinoct.config import AugConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, WindowConfig
 from dinoct.errors import ConfigError
 
 MIN_GRAM_WEIGHT = 0.01
@@ -32,7 +32,7 @@ def validate(cfg: TrainConfig) -> None:
     _model(cfg.model)
     _loss(cfg.loss)
     _aug(cfg.aug)
-    _window("probe.window", cfg.probe.window)
+    validate_probe(cfg.probe)
     _optim(cfg.optim)
     _crops(cfg)
     for key, value in (
@@ -47,13 +47,32 @@ def validate(cfg: TrainConfig) -> None:
         ("monitor.every", cfg.monitor.every),
         ("eval.every", cfg.eval.every),
         ("optim.horizon", cfg.optim.horizon),
+        ("hardware.threads", cfg.hardware.threads),
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{key} must be at least 1, not {value}")
+    if cfg.hardware.num_workers is not None and cfg.hardware.num_workers < 0:
+        raise ConfigError(f"hardware.num_workers must be at least 0, not {cfg.hardware.num_workers}")
+    if cfg.eval.n < 2:
+        raise ConfigError(f"eval.n must be at least 2, not {cfg.eval.n}")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed must be at least 0, not {cfg.seed}")
     _choice("tracker.wandb", cfg.tracker.wandb, ("offline", "online", "disabled"))
     _choice("hardware.device", cfg.hardware.device, ("auto", "cuda", "rocm", "cpu"))
     if cfg.parallel.processes != 1:
         raise ConfigError(f"parallel.processes must be 1 in this version, not {cfg.parallel.processes}")
+
+
+def validate_probe(probe: ProbeConfig) -> None:
+    """Check the settings of the evaluation. Raises ConfigError naming the first key that is wrong."""
+    _window("probe.window", probe.window)
+    _range("probe.scale", probe.scale, low=1e-3, high=1.0)
+    _share("probe.flip", probe.flip)
+    for key in ("batch_size", "bootstrap"):
+        if getattr(probe, key) < 1:
+            raise ConfigError(f"probe.{key} must be at least 1, not {getattr(probe, key)}")
+    if probe.seed < 0:
+        raise ConfigError(f"probe.seed must be at least 0, not {probe.seed}")
 
 
 def nearest_multiples(size: int, patch: int) -> list[int]:
@@ -128,6 +147,9 @@ def _optim(optim: OptimConfig) -> None:
     for key in ("lr", "clip"):
         if not (math.isfinite(getattr(optim, key)) and getattr(optim, key) > 0):
             raise ConfigError(f"optim.{key} must be a number above 0, not {getattr(optim, key)}")
+    for key in ("weight_decay", "weight_decay_end", "min_lr"):
+        if not (math.isfinite(getattr(optim, key)) and getattr(optim, key) >= 0):
+            raise ConfigError(f"optim.{key} must be a number of at least 0, not {getattr(optim, key)}")
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr:g} is above optim.lr={optim.lr:g}")
     for key in ("warmup", "freeze_last_layer", "layer_decay", "teacher_momentum", "teacher_momentum_end"):

@@ -87,7 +87,7 @@ def test_foreign_files_get_one_clear_line(tmp_path):
 def test_another_format_is_named(tmp_path):
     path = tmp_path / "checkpoint_00000001.pth"
     torch.save({"meta": json.dumps({"format": 99}), "state": {}}, path)
-    with pytest.raises(CheckpointError, match="format 99; this dinoct reads 1"):
+    with pytest.raises(CheckpointError, match="format 99; this dinoct reads 1 to 2"):
         load(path)
 
 

@@ -24,6 +24,9 @@ from commands import REPOSITORY, TINY, run
         (["resume=/nowhere/c.pth"], ["there is no checkpoint at /nowhere/c.pth"]),
         (["hardware.device=cuda"], ["hardware.device=cuda was asked for"]),
         (["optim.lr"], ["optim.lr"]),
+        (["--max-steps", "3"], ["--max-steps", "KEY=VALUE", "scripts/phase5_"]),
+        (["train.max_steps=5", "-m", "optim.lr=1e-4,3e-4"], ["flags such as -m stand before them"]),
+        (["experiment=phase5c"], ["experiment/phase5c", "phase5a"]),
         (["+optim.lrr=1"], ["there is no setting optim.lrr", "did you mean optim.lr"]),
         (["optim.lr=abc"], ["optim.lr=abc", "could not be converted to Float"]),
         (["loss.gram=null"], ["loss.gram=null", "not Optional"]),
@@ -57,6 +60,8 @@ def trained(phantom_root, tmp_path_factory):
         (["checkpoint={text}"], ["not a dinoct checkpoint"]),
         (["checkpoint={good}", "model=vit-large"], ["model=vit-large", "this one holds demo (patch 16, 32/2/4)"]),
         (["checkpoint={good}", "n=1"], ["n must be at least 2"]),
+        (["checkpoint={good}", "probe.bootstrap=0"], ["probe.bootstrap must be at least 1"]),
+        (["--checkpoint", "x"], ["--checkpoint", "KEY=VALUE"]),
         (["checkpoint={good}", "data.root=/nowhere"], ["/nowhere"]),
     ],
 )

@@ -5,6 +5,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from dinoct.config import GramConfig, IbotConfig, LossConfig, ModelConfig, OptimConfig
+from dinoct.data.dataset import mask_fields
 from dinoct.errors import CheckpointError
 from dinoct.models.backbone import Backbone, normalise
 from dinoct.models.load import initial_weights
@@ -25,7 +26,7 @@ def batch(n: int = 6, *, seed: int = 0, masked: bool = False, local: int = 0) ->
     return CropBatch(
         global_crops=torch.rand(2 * n, 1, 64, 64, generator=g),
         local_crops=torch.rand(local * n, 1, 32, 32, generator=g) if local else None,
-        masks=masks if masked else None,
+        **mask_fields(masks if masked else None),
         groups=torch.arange(n),
         positions=list(range(n)),
     )
@@ -142,7 +143,9 @@ def test_micro_batches_add_up_to_the_whole_batch_where_the_objective_allows_it()
 
     def part(i: int) -> CropBatch:
         rows = torch.tensor([v * 8 + b for v in (0, 1) for b in (2 * i, 2 * i + 1)])
-        return CropBatch(whole.global_crops[rows], None, None, whole.groups[2 * i : 2 * i + 2], [])
+        return CropBatch(
+            whole.global_crops[rows], None, **mask_fields(None), groups=whole.groups[2 * i : 2 * i + 2], positions=[]
+        )
 
     grads = []
     for batches in ([whole], [part(i) for i in range(4)]):

@@ -120,7 +120,7 @@ def test_interrupted_at_a_random_step_and_resumed(phantom_root, workplace):
     assert_same_weights(parts / "checkpoint_00000060.pth", whole / "checkpoint_00000060.pth")
     config = json.loads((parts / "config.json").read_text())
     assert len(config["history"]) == 2
-    assert config["history"][1]["from_step"] == len(losses(whole)) - (60 - config["history"][1]["from_step"])
+    assert f"at step {config['history'][1]['from_step']}, state saved" in out
 
 
 def metrics_text(folder):
@@ -261,3 +261,55 @@ def test_a_finished_run_is_not_overwritten(phantom_root, workplace, capfd):
     assert train(phantom_root, folder, "train.max_steps=1") == 0
     assert train(phantom_root, folder, "train.max_steps=1") == 1
     assert "holds a run already" in capfd.readouterr().err
+
+
+def test_going_back_in_place_keeps_what_comes_after_aside(phantom_root, workplace):
+    """Resumed from an older file: the later ones are renamed, the new ones stay, and auto follows the new line."""
+    folder = workplace / "outputs" / "runs" / "20260101_000000"
+    length = ["train.max_steps=6", "ckpt.every=1", "ckpt.keep_last=3"]
+    assert train(phantom_root, folder, *length) == 0
+    whole = losses(folder)
+    here = ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert run("train", f"resume={folder / 'checkpoint_00000004.pth'}", "train.max_steps=5", *here) == 0
+    names = {path.name for path in folder.glob("*.pth")}
+    assert {"abandoned_00000005.pth", "abandoned_00000006.pth", "checkpoint_00000005.pth"} <= names
+    assert "checkpoint_00000006.pth" not in names
+    assert (folder / "checkpoint_final_00000005.pth").samefile(folder / "checkpoint_00000005.pth")
+    assert run("train", "resume=auto", "train.max_steps=6", *here) == 0
+    assert losses(folder) == whole
+
+
+def test_auto_means_the_newest_run_and_says_so_when_it_has_nothing(phantom_root, workplace, capfd):
+    runs = workplace / "outputs" / "runs"
+    assert train(phantom_root, runs / "20260101_000000", "train.max_steps=1") == 0
+    assert train(phantom_root, runs / "20260102_000000", "train.max_steps=1") == 0
+    for path in (runs / "20260102_000000").glob("*.pth"):
+        path.unlink()
+    capfd.readouterr()
+    assert run("train", "resume=auto", "train.max_steps=2", "hardware=cpu") == 1
+    err = capfd.readouterr().err
+    assert "no usable checkpoint in outputs/runs/20260102_000000" in err
+    assert "resume=outputs/runs/20260101_000000" in err
+
+
+def test_other_hardware_keeps_the_effective_batch(phantom_root, workplace):
+    folder = workplace / "run"
+    length = ["train.max_steps=1", "optim.horizon=4", "train.batch_size=null", "hardware.batch_size=8"]
+    assert train(phantom_root, folder, *length, "train.accumulation_steps=4") == 0
+    again = ["hardware=cpu", "hardware.batch_size=16", "hardware.num_workers=0", "train.max_steps=2"]
+    assert run("train", f"resume={folder}", *again) == 0
+    assert [row["Train/samples_seen"] for row in metrics(folder)] == [32, 64]
+    hardware = json.loads((folder / "config.json").read_text())["hardware"]
+    assert (hardware["batch_size"], hardware["accumulation_steps"]) == (16, 2)
+
+
+def test_eval_refuses_patients_that_were_trained_on(phantom_root, workplace, capfd):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1") == 0
+    manifest = json.loads((phantom_root / "_splits" / "val30_seed0.json").read_text())
+    manifest["train"], manifest["val"] = manifest["val"], manifest["train"]
+    (workplace / "swapped.json").write_text(json.dumps(manifest))
+    capfd.readouterr()
+    typed = [f"checkpoint={folder}/checkpoint_00000001.pth", "data.split_manifest=swapped.json", "hardware=cpu"]
+    assert run("eval", *typed) == 1
+    assert "validation patients were trained on" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Index rows to batches of views. Order and augmentation are pure functions of (seed, position)."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from dinoct.data.store import SliceStore
 from dinoct.data.views import ViewMaker, letterbox
 from dinoct.errors import ConfigError
 from dinoct.models.ssl import CropBatch
+
+# A preset names workers for its own machine; what was chosen is printed, and torch need not say it again.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
@@ -114,6 +118,14 @@ class StreamSampler(Sampler[list[int]]):
             position += self.batch_size
 
 
+def mask_fields(masks: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+    """The three fields of a `CropBatch` that belong to masks ``[Vg * B, P]``."""
+    if masks is None:
+        return {"masks": None, "masked": None, "mask_weights": None}
+    weights = (1.0 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
+    return {"masks": masks, "masked": masks.flatten().nonzero().squeeze(1), "mask_weights": weights}
+
+
 def collate(items: list[dict]) -> CropBatch:
     """Samples to a batch, crop by crop (see `CropBatch`)."""
 
@@ -122,10 +134,11 @@ def collate(items: list[dict]) -> CropBatch:
         return torch.from_numpy(stacked.reshape(-1, 1, *stacked.shape[2:])) if stacked.size else None
 
     masks = np.stack([item["masks"] for item in items], axis=1)  # [Vg, B, P]
+    masks = torch.from_numpy(masks.reshape(-1, masks.shape[-1]))
     return CropBatch(
         global_crops=crops("global"),
         local_crops=crops("local"),
-        masks=torch.from_numpy(masks.reshape(-1, masks.shape[-1])) if masks.any() else None,
+        **mask_fields(masks if masks.any() else None),
         groups=torch.tensor([item["group"] for item in items]),
         positions=[item["position"] for item in items],
     )
@@ -155,8 +168,10 @@ def _start_worker(_: int) -> None:
 
     import cv2
 
-    # Ctrl+C reaches every process of the terminal; the parent alone decides when to stop.
+    # Ctrl+C and a hang-up reach every process of the terminal; the parent alone decides when to stop. SIGTERM ends a
+    # worker: torch ends its stragglers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -21,6 +21,8 @@ from dinoct.errors import ConfigError
 from dinoct.evals.judge import judge
 from dinoct.hardware import resolve
 from dinoct.models.load import load_backbone, model_config
+from dinoct.provenance import data_manifest_hash
+from dinoct.validate import validate_probe
 from dinoct.viz import draw_monitor
 
 
@@ -32,9 +34,10 @@ def evaluate_checkpoint(cfg: EvalConfig) -> int:
     Raises:
         ConfigError, CheckpointError: naming the key to change.
     """
+    validate_probe(cfg.probe)
     if cfg.n < 2:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
-    checkpoint = checkpoints.load(cfg.checkpoint)
+    checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
     hardware = resolve(cfg.hardware)
     train, val, store, _ = open_split(data_of(cfg.data, checkpoint))
     check_unseen(checkpoint, train, val)
@@ -78,12 +81,18 @@ def data_of(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
 
 
 def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> None:
-    """Warn where the split is not the one that the checkpoint was trained with: it may have seen these patients."""
-    from dinoct.provenance import data_manifest_hash
+    """Refuse to judge on patients that the weights were trained on; warn where that cannot be known.
 
-    sides = [
-        frozenset(side.patient_name(i) for i in np.unique(side.patient, return_index=True)[1]) for side in (train, val)
-    ]
+    Raises:
+        ConfigError: if a patient of the validation side was trained on.
+    """
+    sides = [frozenset(np.array(side.patient_names)[np.unique(side.patient)].tolist()) for side in (train, val)]
+    seen = sides[1] & frozenset(checkpoint.meta["train_patients"])
+    if seen:
+        raise ConfigError(
+            f"data.split_manifest: {len(seen)} of its {len(sides[1])} validation patients were trained on; "
+            "take the manifest that the run was trained with"
+        )
     if data_manifest_hash(train.content_hash(), *sides) != checkpoint.meta["data_manifest_hash"]:
         console.print(
             "WARNING: index or split differ from those of the training run; make sure that it never saw these patients",
@@ -115,7 +124,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
 
 def monitor_checkpoint(cfg: MonitorConfig) -> dict[str, Any]:
     """input.png, heatmap.png and stats.json beside the checkpoint, or into `out`."""
-    checkpoint = checkpoints.load(cfg.checkpoint)
+    checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
     hardware = resolve(cfg.hardware)
     _, val, store, _ = open_split(data_of(cfg.data, checkpoint))
     i = middle_slice(val)
@@ -145,7 +154,7 @@ def monitor_checkpoint(cfg: MonitorConfig) -> dict[str, Any]:
 
 def checkpoint_summary(path: str | Path) -> list[str]:
     """Lines on one checkpoint: step, centre, weights, entropy hints. For `scripts/check_checkpoint.py`."""
-    checkpoint = checkpoints.load(path)
+    checkpoint = checkpoints.load(path, lazily=True)
     meta, model = checkpoint.meta, checkpoint.state["model"]
     k = meta["config"]["loss"]["out_dim"]
     center = model["dino_center"].float()
@@ -164,11 +173,13 @@ def checkpoint_summary(path: str | Path) -> list[str]:
     for side in ("student", "teacher"):
         weights = {n: v.float() for n, v in model.items() if n.startswith(f"{side}.")}
         bad = [n for n, v in weights.items() if not torch.isfinite(v).all()]
-        flat = torch.cat([v.flatten() for v in weights.values()])
+        count = sum(v.numel() for v in weights.values())
+        mean = sum(float(v.sum()) for v in weights.values()) / count
+        std = (sum(float((v - mean).square().sum()) for v in weights.values()) / count) ** 0.5
+        largest = max(float(v.abs().max()) for v in weights.values())
         state = f"NOT FINITE: {', '.join(bad[:3])}" if bad else "finite"
         lines.append(
-            f"  {side}: {flat.numel() / 1e6:.1f} M weights  mean {float(flat.mean()):+.5f}  "
-            f"std {float(flat.std()):.5f}  largest {float(flat.abs().max()):.3f}  {state}"
+            f"  {side}: {count / 1e6:.1f} M weights  mean {mean:+.5f}  std {std:.5f}  largest {largest:.3f}  {state}"
         )
     gap = sum(
         float((model[f"student.{n}"].float() - v.float()).square().sum())

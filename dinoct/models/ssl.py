@@ -1,7 +1,8 @@
 """Student, EMA teacher and Gram teacher: crops in, the terms of the objective out."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,20 @@ class CropBatch:
     global_crops: Tensor  # [Vg * B, 1, S, S] in [0, 1]
     local_crops: Tensor | None  # [Vl * B, 1, s, s]
     masks: Tensor | None  # [Vg * B, P] booleans
+    masked: Tensor | None  # [M] flat indices of the masked patches: made on the host, the device need not count them
+    mask_weights: Tensor | None  # [M] 1 / masked patches of the same crop
     groups: Tensor  # [B] number of the slice's series
     positions: list[int]  # [B] positions in the sample order
 
     def to(self, device: torch.device) -> "CropBatch":
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return CropBatch(
-            move(self.global_crops), move(self.local_crops), move(self.masks), move(self.groups), self.positions
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "CropBatch":
-        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
-        return CropBatch(
-            pin(self.global_crops), pin(self.local_crops), pin(self.masks), pin(self.groups), self.positions
-        )
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "CropBatch":
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return CropBatch(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 @dataclass
@@ -87,7 +88,7 @@ class SelfDistillation(nn.Module):
         logits = self.student.dino_head(all_cls).float().unflatten(0, (-1, n_slices))  # [Vg + Vl, B, K]
         masked = None
         if self.student.ibot_head is not None and teacher.patch_probs is not None:
-            masked = self.student.ibot_head(patches[batch.masks])  # [M, K]
+            masked = self.student.ibot_head(patches.flatten(0, 1)[batch.masked])  # [M, K]
         with torch.autocast(cls.device.type, enabled=False):
             return self._losses(batch, teacher, cls, patches, logits, masked)
 
@@ -112,7 +113,13 @@ class SelfDistillation(nn.Module):
             "gram": losses.gram_loss_per_image(patches, teacher.gram_patches).mean(),
         }
         if masked is not None:
-            terms["ibot"] = self._ibot(masked, teacher.patch_probs, batch.masks)
+            terms["ibot"] = losses.masked_cross_entropy(
+                student_logits=masked,
+                teacher_probs=teacher.patch_probs,
+                weights=batch.mask_weights,
+                n_images=len(batch.masks),
+                student_temperature=cfg.dino.student_temperature,
+            )
         elif self.student.ibot_head is not None:
             terms["ibot"] = patches.sum() * 0.0  # no crop of this micro-batch drew a mask
         total = sum(getattr(cfg, name).weight * value for name, value in terms.items())
@@ -128,8 +135,8 @@ class SelfDistillation(nn.Module):
         logits = self.teacher.dino_head(cls).float()  # [Vg * B, K]
         gram_patches = patches if self.gram_teacher is None else self.gram_teacher(batch.global_crops)[1]
         out = TeacherOutput(cls.float(), self._target("dino", logits, temperature), gram_patches)
-        if self.teacher.ibot_head is not None and batch.masks is not None and batch.masks.any():
-            masked = self.teacher.ibot_head(patches[batch.masks]).float()  # [M, K]
+        if self.teacher.ibot_head is not None and batch.masked is not None:
+            masked = self.teacher.ibot_head(patches.flatten(0, 1)[batch.masked]).float()  # [M, K]
             out.patch_probs = self._target("ibot", masked, temperature)
         return out
 
@@ -140,16 +147,6 @@ class SelfDistillation(nn.Module):
         if self.cfg.dino.centering == "sinkhorn":
             return losses.sinkhorn_knopp(logits, temperature=temperature)
         return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
-
-    def _ibot(self, logits: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
-        weights = (1.0 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]  # [M]
-        return losses.masked_cross_entropy(
-            student_logits=logits,
-            teacher_probs=probs,
-            weights=weights,
-            n_images=len(masks),
-            student_temperature=self.cfg.dino.student_temperature,
-        )
 
     @torch.no_grad()
     def end_update(self, *, step: int, horizon: int, momentum: float) -> None:
@@ -216,12 +213,17 @@ def feature_gauges(cls: Tensor) -> dict[str, Tensor]:
 
     ``feature_std`` is the standard deviation of the L2-normalised features per dimension times sqrt(D): 1 when they
     point everywhere, 0 when all are the same. ``feature_std_raw`` is the same without the factor.
+    ``participation_ratio`` is (sum of the covariance's eigenvalues) squared over the sum of their squares: the number
+    of directions that carry the variance, 1 for a line. It needs no decomposition.
     """
     x = F.normalize(cls, dim=-1)
     raw = x.std(dim=0, correction=0).mean()
+    centred = x - x.mean(dim=0)
+    gram = centred @ centred.T  # [N, N], same eigenvalues as the covariance up to a factor
     mean_cosine = (x.sum(dim=0).square().sum() - len(x)) / max(len(x) * (len(x) - 1), 1)
     return {
         "Train/feature_std": raw * cls.shape[-1] ** 0.5,
         "Train/feature_std_raw": raw,
         "Train/mean_cosine": mean_cosine,
+        "Train/participation_ratio": gram.trace().square() / gram.square().sum().clamp_min(1e-24),
     }

@@ -1,0 +1,33 @@
+"""What the machine did, as one line that says what to do about it."""
+
+import errno
+
+import torch
+
+from dinoct.errors import DinoctError
+
+
+def explain(error: BaseException) -> str:
+    """One line for an exception of the training loop."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    if (
+        "Caught" in text and "DataLoader worker" in text
+    ):  # the worker's own traceback comes along: its last line says it
+        return "loading failed: " + str(error).strip().splitlines()[-1].removeprefix("dinoct.errors.DinoctError: ")
+    if isinstance(error, DinoctError):
+        return text
+    if "Too many open files" in text or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise the limit (ulimit -n 65536) or lower hardware.num_workers"
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN):
+        return f"the disk is gone or failing ({error.strerror}): check data.root and run_dir"
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return f"a loader worker died ({text[:160]}): out of memory? lower hardware.num_workers or train.batch_size"
+    if "bus error" in text.lower() or "shared memory" in text.lower():
+        return f"shared memory is full ({text[:120]}): raise it (docker --shm-size) or lower hardware.num_workers"
+    return f"{name}: {text[:300]}" if text else name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

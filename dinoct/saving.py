@@ -1,0 +1,87 @@
+"""When and where checkpoints of a run are written; what a full disk does, and what it does not."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinoct import checkpoint as checkpoints
+from dinoct.config import CkptConfig
+from dinoct.console import log
+from dinoct.errors import CheckpointError
+
+HEADROOM = 1.05
+
+
+class Saver:
+    """Writes the checkpoints of one run folder, and rotates them only behind one that was read back."""
+
+    def __init__(self, folder: Path, cfg: CkptConfig):
+        self.folder, self.cfg = folder, cfg
+
+    def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+        """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.
+
+        Raises:
+            CheckpointError: if it cannot be written or does not verify; older checkpoints are all kept then.
+        """
+        path = self._write(checkpoints.checkpoint_name(meta["step"]), state, meta)
+        checkpoints.verify(path)
+        checkpoints.rotate(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
+        return path
+
+    def try_save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path | None:
+        """`save`, but a failure is reported and training goes on: the state in memory is worth more than an exit."""
+        try:
+            return self.save(state, meta)
+        except CheckpointError as error:
+            log.critical("not saved at step %d, training goes on: %s", meta["step"], error)
+            return None
+
+    def emergency(self, state: dict[str, Any], meta: dict[str, Any]) -> Path | None:
+        """Write ``emergency_{step}.pth``, outside the rotation; never raises: something went wrong already."""
+        try:
+            return self._write(f"emergency_{meta['step']:08d}.pth", state, meta)
+        except CheckpointError as error:
+            log.critical("no emergency checkpoint: %s", error)
+            return None
+
+    def _write(self, name: str, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+        start, path = time.perf_counter(), self.folder / name
+        check_space(self.folder, state_bytes(state))
+        size = checkpoints.save(path, state, meta)
+        log.info("saved %s (%.1f MB, %.1f s)", name, size / 1e6, time.perf_counter() - start)
+        return path
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested dicts."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(state_bytes, state.values())) if isinstance(state, dict) else 0
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise CheckpointError where the disk of `folder` has less than `needed` bytes, and a little more, free."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
+    if free < HEADROOM * needed:
+        raise CheckpointError(
+            f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes {needed / 1e9:.1f} GB: free some space, "
+            "lower ckpt.keep_last, or take run_dir on another disk"
+        )
+
+
+def check_space_for_run(folder: Path, needed: int, keep_last: int) -> None:
+    """Before a run: two checkpoints must fit (the new one is written before an old one goes); all kept ones should."""
+    check_space(folder, 2 * needed)
+    free = shutil.disk_usage(folder).free
+    if free < HEADROOM * (keep_last + 1) * needed:
+        log.warning(
+            "%.0f GB free, but ckpt.keep_last=%d checkpoints of %.1f GB and the next one need %.0f GB",
+            free / 1e9, keep_last, needed / 1e9, (keep_last + 1) * needed / 1e9,
+        )  # fmt: skip
