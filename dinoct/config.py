@@ -219,7 +219,8 @@ class TrainConfig:
     eval: EvalEvery = field(default_factory=EvalEvery)
     seed: int = 0
     run_dir: str | None = None  # null: outputs/runs/YYYYMMDD_HHMMSS
-    resume: str | None = None  # auto | path of a checkpoint
+    resume: str | None = None  # auto | path of a checkpoint or of a run folder
+    replay: str | None = None  # an emergency checkpoint: look at its step again, train nothing
 
 
 @dataclass

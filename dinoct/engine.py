@@ -20,6 +20,7 @@ from dinoct.data.index import SliceIndex
 from dinoct.errors import DinoctError
 from dinoct.evals.judge import judge
 from dinoct.faults import explain, is_out_of_memory
+from dinoct.guard import FiniteGuard, StepNote, skip_on_device
 from dinoct.hardware import Hardware
 from dinoct.memory import advice
 from dinoct.models.backbone import parameter_count
@@ -88,9 +89,9 @@ class Engine:
         self.best_rank: float | None = None
         self._pending: list[tuple[int, Scalars]] = []
         self._saved: Path | None = None
-        self._rng: dict[str, Any] = {}  # before the current update
+        self.guard = FiniteGuard(hardware.device)
+        self._note = StepNote(0, 0, {}, [], {})  # on the current update
         self._waited = 0.0
-        self._positions: list[int] = []  # samples of the current update
         self._clock = Clock()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -109,13 +110,14 @@ class Engine:
             task = bar.add_task("train", total=cfg.train.max_steps, completed=self.step)
             self._clock.start(self.step, self.samples_seen)
             try:
-                batches = self._stream()
+                batches = self.stream()
                 while not self._finished() and not stop.requested:
                     scalars = self.update(batches)
                     judged = self._aside(self.judge) if self._due(cfg.eval.every) else {}
                     self._report(scalars, judged)
                     bar.update(task, completed=self.step)
                     if self._due(cfg.ckpt.every) and not self._finished():
+                        self._settle()
                         self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
                     if self._due(cfg.monitor.every):
                         self._aside(self.draw)
@@ -126,7 +128,8 @@ class Engine:
                 if not stop.requested:
                     self._rescue(error)
                 log.debug("ended by the signal", exc_info=True)
-                restore_rng(self._rng)
+                restore_rng(self._rng())
+            self._settle()
             self._flush()
             if self._saved is None or checkpoints.step_of(self._saved) != self.step:
                 self._saved = self.saver.save(self.state_dict(), self._meta())
@@ -141,8 +144,8 @@ class Engine:
         s, step, accumulation = self.schedules, self.step, self.hardware.accumulation_steps
         lr, decay, momentum = s.lr(step), s.weight_decay(step), s.teacher_momentum(step)
         apply_schedule(self.optimizer, lr=lr, weight_decay=decay, frozen=s.last_layer_frozen(step))
-        self._rng, means = rng_state(), {}
-        self._positions.clear()
+        note = self._note = StepNote(step, self.samples_seen, rng_state(), [], {})
+        means: Scalars = {}
         # --- one step -----------------------------------------------------------------------------------------------
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(accumulation):
@@ -155,10 +158,13 @@ class Engine:
             for name, value in terms.scalars.items():
                 means[name] = means.get(name, 0.0) + value / accumulation
         norm = nn.utils.clip_grad_norm_(self.model.student.parameters(), self.cfg.optim.clip)
-        self._check_finite(means, norm)
+        finite = self._check_finite(means, norm, note)
+        skip_on_device(self.optimizer, finite)
         self.optimizer.step()
         self.step += 1
-        self.model.end_update(step=self.step, horizon=s.horizon, momentum=momentum)
+        self.model.end_update(
+            step=self.step, horizon=s.horizon, momentum=momentum, finite=finite if self.guard.deferred else None
+        )
         self.samples_seen += accumulation * self.hardware.batch_size
         # ------------------------------------------------------------------------------------------------------------
         return means | {
@@ -169,7 +175,8 @@ class Engine:
             "Train/teacher_temperature": s.teacher_temperature(step),
         }
 
-    def _stream(self) -> Iterator[CropBatch]:
+    def stream(self) -> Iterator[CropBatch]:
+        """Micro-batches from `samples_seen` on, endlessly."""
         h = self.hardware
         return iter(
             train_loader(
@@ -185,7 +192,7 @@ class Engine:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        self._positions += batch.positions
+        self._note.positions += batch.positions
         return batch
 
     def _finished(self) -> bool:
@@ -197,20 +204,42 @@ class Engine:
 
     # --- health -----------------------------------------------------------------------------------------------------
 
-    def _check_finite(self, means: dict[str, Tensor], norm: Tensor) -> None:
-        """The Gram term must be there; loss and gradients must be finite before anything moves."""
+    def _check_finite(self, means: Scalars, norm: Tensor, note: StepNote) -> Tensor:
+        """The Gram term must be there; loss and gradients must be finite before anything moves.
+
+        Returns:
+            The verdict as a 0-d boolean on the device; where it is known to be bad, this raises.
+        """
         if "loss/gram" not in means:
             raise DinoctError("the objective has no Gram term: Gram anchoring is always on")
-        if torch.isfinite(means["loss/total"]) & torch.isfinite(norm):
-            return
-        what = [name for name, value in means.items() if name.startswith("loss/") and not torch.isfinite(value)]
+        finite = torch.isfinite(means["loss/total"]) & torch.isfinite(norm)
+        note.losses = {name: value for name, value in means.items() if name.startswith("loss/")}
+        failed = self.guard.put(finite, note)
+        if failed is not None:
+            self._halt(failed)
+        return finite
+
+    def _settle(self) -> None:
+        """Know that every step so far was finite, before it is saved or shown."""
+        failed = self.guard.settle()
+        if failed is not None:
+            self._halt(failed)
+
+    def _halt(self, note: StepNote) -> None:
+        """Back to before the step that was not finite, an emergency checkpoint, and the error."""
         self.model.discard_update()
-        path = self.saver.emergency(self.state_dict() | {"rng": self._rng}, self._meta(emergency=True))
+        self.step, self.samples_seen, self._note = note.step, note.samples_seen, note
+        what = [name for name, value in note.losses.items() if not torch.isfinite(value)]
+        path = self.saver.emergency(self.state_dict() | {"rng": note.rng}, self._meta(emergency=True))
         raise NonFiniteError(
             f"step {self.step + 1}: {', '.join(what) or 'the gradient'} is not finite; training stopped before the "
-            f"optimiser moved, the state of step {self.step} is in {path}: look at the step again with "
+            f"weights moved, the state of step {self.step} is in {path}: look at the step again with "
             f"dinoct-train replay={path}. Usual cures: a lower optim.lr or optim.clip"
         )
+
+    def _rng(self) -> dict[str, Any]:
+        """Generators as of the last finished step: those before an update that failed on its way."""
+        return self._note.rng if self._note.step == self.step and self._note.rng else rng_state()
 
     def _rescue(self, error: Exception) -> None:
         """Save the last finished step, if the memory still holds it, and say what happened."""
@@ -223,7 +252,7 @@ class Engine:
         if self.step == 0 or (self._saved is not None and checkpoints.step_of(self._saved) == self.step):
             raise TrainingError(f"step {self.step + 1}: {message}") from error
         try:  # a failed update moved nothing but the generators
-            saved = self.saver.save(self.state_dict() | {"rng": self._rng}, self._meta())
+            saved = self.saver.save(self.state_dict() | {"rng": self._rng()}, self._meta())
         except Exception as second:
             raise TrainingError(f"step {self.step + 1}: {message}; and not saved: {second}") from error
         raise TrainingError(f"step {self.step + 1}: {message}; the state of step {self.step} is in {saved}") from error
@@ -254,6 +283,7 @@ class Engine:
     def _flush(self) -> None:
         if not self._pending:
             return
+        self._settle()
         losses = torch.stack([scalars["loss/total"] for _, scalars in self._pending]).tolist()
         for (step, _), loss in zip(self._pending, losses, strict=True):
             if spike := self.anomalies.check_loss(step, loss):
@@ -292,7 +322,7 @@ class Engine:
 
     def _meta(self, *, emergency: bool = False) -> dict[str, Any]:
         meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.anomalies.state()}
-        return self.meta | meta | ({"positions": list(self._positions)} if emergency else {})
+        return self.meta | meta | ({"positions": self._note.positions} if emergency else {})
 
     def _aside(self, look: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Run something that only looks at the model: what goes wrong there is reported and training goes on."""

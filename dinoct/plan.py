@@ -58,6 +58,8 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
             cfg.eval.every = cfg.train.max_steps
     typed = frozenset(override.lstrip("+").split("=", 1)[0] for override in hydra.overrides.task)
     plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=typed)
+    if cfg.replay is not None:
+        cfg.resume = cfg.replay
     if cfg.resume is None:
         validate(cfg)
         return plan

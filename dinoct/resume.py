@@ -12,7 +12,13 @@ from dinoct.config import TrainConfig
 from dinoct.errors import CheckpointError, ConfigError
 from dinoct.rundir import RUNS, newest_runs
 
-FRESH = ("hardware", "engine", "run_dir", "resume")  # never from the checkpoint; a stored _target_ least of all
+FRESH = (
+    "hardware",
+    "engine",
+    "run_dir",
+    "resume",
+    "replay",
+)  # never from the checkpoint; a stored _target_ least of all
 SHAPES = (  # keys that decide the tensors' shapes
     "model.patch",
     "model.dim",

@@ -4,18 +4,21 @@ import math
 import secrets
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct import provenance
-from dinoct.cli import Outcome
+from dinoct.cli import DONE, FAILED, Outcome
 from dinoct.config import build_engine
 from dinoct.console import log, run_log
 from dinoct.data.dataset import SliceViews, open_split
 from dinoct.data.views import ViewMaker
-from dinoct.errors import DinoctError
+from dinoct.engine import Engine
+from dinoct.errors import ConfigError, DinoctError
+from dinoct.faults import explain
 from dinoct.hardware import Hardware, keep_effective_batch, resolve
 from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
@@ -25,11 +28,11 @@ from dinoct.plan import RunPlan
 from dinoct.rundir import RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import ENDLESS_HORIZON, Schedules
-from dinoct.tracking import build_tracker
+from dinoct.tracking import Tracker, build_tracker
 
 
 def execute(plan: RunPlan) -> Outcome:
-    """Train as planned, in a run folder of its own.
+    """Train as planned, in a run folder of its own; or replay a step.
 
     Raises:
         DinoctError: with one line; the traceback of anything unforeseen is in the run's train.log.
@@ -39,6 +42,10 @@ def execute(plan: RunPlan) -> Outcome:
         before = plan.checkpoint.meta["hardware"]
         hardware = keep_effective_batch(hardware, before["batch_size"] * before["accumulation_steps"])
     data = open_split(plan.cfg.data)  # what is wrong with the data is said before a folder is made
+    torch.set_num_threads(hardware.threads)
+    torch.manual_seed(plan.cfg.seed)
+    if plan.cfg.replay:
+        return _replay(plan, hardware, data)
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place)
     with folder, run_log(folder.path / "train.log"):
         try:
@@ -50,9 +57,21 @@ def execute(plan: RunPlan) -> Outcome:
         except Exception as error:
             log.debug("failed", exc_info=True)
             _mark_failed(folder, error)
-            reason = str(error).splitlines()[0] if str(error) else "no message"
-            message = f"{type(error).__name__}: {reason} (the traceback is in {folder.path / 'train.log'})"
+            message = f"{explain(error)} (the traceback is in {folder.path / 'train.log'})"
             raise DinoctError(message) from error
+
+
+def _replay(plan: RunPlan, hardware: Hardware, data: tuple) -> Outcome:
+    from dinoct.replay import replay
+
+    positions = plan.checkpoint.meta.get("positions")
+    if not positions:
+        raise ConfigError(f"replay={plan.cfg.replay} is not an emergency checkpoint: it names no samples")
+    with run_log():
+        parts = _parts(plan, hardware)
+        meta = plan.checkpoint.meta
+        engine = _engine(plan, hardware, data, parts, RunFolder(plan.checkpoint.path.parent), Tracker(None, []), meta)
+        return Outcome(DONE if replay(engine, positions) else FAILED)
 
 
 def _mark_failed(folder: RunFolder, error: BaseException) -> None:
@@ -63,40 +82,72 @@ def _mark_failed(folder: RunFolder, error: BaseException) -> None:
             folder.write_config(config | {"state": "failed", "error": reason})
 
 
+@dataclass
+class _Parts:
+    model: SelfDistillation
+    optimizer: torch.optim.Optimizer
+    horizon: int
+    notes: list[str]  # what starting from other weights changed
+
+
+def _parts(plan: RunPlan, hardware: Hardware) -> _Parts:
+    """Model and optimiser: at random, or from init_from; a checkpoint is loaded over both later."""
+    cfg = plan.cfg
+    model = SelfDistillation(cfg.model, cfg.loss, grad_checkpoint=cfg.train.grad_checkpoint)
+    notes = _start_from(model, cfg.model.init_from) if plan.checkpoint is None and cfg.model.init_from else []
+    model.to(hardware.device)
+    return _Parts(model, build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim), _horizon(plan), notes)
+
+
+def _engine(
+    plan: RunPlan,
+    hardware: Hardware,
+    data: tuple,
+    parts: _Parts,
+    folder: RunFolder,
+    tracker: Tracker,
+    meta: dict[str, Any],
+) -> Engine:
+    """The engine that the config names, with the checkpoint's state in it."""
+    cfg = plan.cfg
+    train_index, val_index, store, _ = data
+    engine = build_engine(
+        cfg.engine,
+        cfg=cfg,
+        model=parts.model,
+        optimizer=parts.optimizer,
+        schedules=Schedules(cfg.optim, cfg.loss.dino, parts.horizon),
+        hardware=hardware,
+        train_data=SliceViews(train_index, store, ViewMaker(cfg.aug, cfg.model, cfg.loss.ibot), seed=cfg.seed),
+        val_index=val_index,
+        run=folder,
+        tracker=tracker,
+        meta=meta,
+    )
+    if plan.checkpoint is not None:
+        engine.load_state_dict(plan.checkpoint.state, plan.checkpoint.meta)
+        plan.checkpoint.state = {}  # its tensors are copied: let them go
+    return engine
+
+
 def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) -> Outcome:
     cfg, checkpoint = plan.cfg, plan.checkpoint
-    train_index, val_index, store, manifest = data
-    torch.set_num_threads(hardware.threads)
-    torch.manual_seed(cfg.seed)
-    # 1. model and optimiser, at random   2. init_from, or the checkpoint over both   3. the loop
-    model = SelfDistillation(cfg.model, cfg.loss, grad_checkpoint=cfg.train.grad_checkpoint)
-    notes = _start_from(model, cfg.model.init_from) if checkpoint is None and cfg.model.init_from else []
-    model.to(hardware.device)
-    optimizer = build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim)
-    horizon = _horizon(plan)
-    manifest_hash = provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val)
+    train_index, val_index, _, manifest = data
+    parts = _parts(plan, hardware)
     meta = {
         "config": plan.config_dict(),
         "choices": plan.choices,
-        "horizon": horizon,
+        "horizon": parts.horizon,
         "run_id": checkpoint.meta["run_id"] if plan.resumes_in_place else secrets.token_hex(4),
         "git_commit": provenance.git_commit(),
-        "data_manifest_hash": manifest_hash,
+        "data_manifest_hash": provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val),
         "train_patients": _patients_seen(plan, manifest.train),
         "environment": provenance.environment(),
         "hardware": hardware.describe(),
     }
-    describe(plan, hardware, folder, model, slices=(len(train_index), len(val_index)), horizon=horizon, notes=notes)
-    if checkpoint is not None and checkpoint.meta["data_manifest_hash"] != manifest_hash:
-        log.warning("the data or the split changed since the checkpoint: the order of the samples is another one now")
-    leaked = manifest.val & frozenset(meta["train_patients"])
-    if leaked:
-        log.warning("%d held-out patients were trained on before the resume: dinoct-eval will refuse", len(leaked))
-    if plan.resumes_in_place:
-        for path in checkpoints.set_aside(folder.path, after=checkpoint.step):
-            log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
-    check_space_for_run(folder.path, state_bytes(model.state_dict()) * 2, cfg.ckpt.keep_last)  # Adam's moments too
-    folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(model.student.backbone)))
+    describe(plan, hardware, folder, parts, slices=(len(train_index), len(val_index)))
+    _check_before(plan, folder, parts, meta, held_out=manifest.val)
+    folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(parts.model.student.backbone)))
     if cfg.tracker.group is None:
         cfg.tracker.group = plan.sweep
     cfg.tracker.tags = list(dict.fromkeys([*cfg.tracker.tags, cfg.model.name, cfg.hardware.name]))
@@ -105,31 +156,31 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         folder.path,
         run_id=meta["run_id"],
         config=meta["config"] | {k: meta[k] for k in ("git_commit", "data_manifest_hash", "environment", "hardware")},
-        resume_step=checkpoint.step if checkpoint and plan.resumes_in_place else 0,
+        resume_step=checkpoint.step if plan.resumes_in_place else 0,
     )
     try:
-        views = ViewMaker(cfg.aug, cfg.model, cfg.loss.ibot)
-        engine = build_engine(
-            cfg.engine,
-            cfg=cfg,
-            model=model,
-            optimizer=optimizer,
-            schedules=Schedules(cfg.optim, cfg.loss.dino, horizon),
-            hardware=hardware,
-            train_data=SliceViews(train_index, store, views, seed=cfg.seed),
-            val_index=val_index,
-            run=folder,
-            tracker=tracker,
-            meta=meta,
-        )
-        if checkpoint:
-            engine.load_state_dict(checkpoint.state, checkpoint.meta)
-            plan.checkpoint = checkpoint = None  # its tensors are copied: let them go
-        result = engine.fit()
+        result = _engine(plan, hardware, data, parts, folder, tracker, meta).fit()
     finally:
         tracker.close()
     folder.set_state("stopped" if result.exit_status else "done", result.step)
     return Outcome(result.exit_status, result.mean_percentile_rank)
+
+
+def _check_before(
+    plan: RunPlan, folder: RunFolder, parts: _Parts, meta: dict[str, Any], *, held_out: frozenset[str]
+) -> None:
+    """What a resume changes without a word otherwise, and whether the disk will do."""
+    checkpoint = plan.checkpoint
+    if checkpoint is not None and checkpoint.meta["data_manifest_hash"] != meta["data_manifest_hash"]:
+        log.warning("the data or the split changed since the checkpoint: the order of the samples is another one now")
+    leaked = held_out & frozenset(meta["train_patients"])
+    if leaked:
+        log.warning("%d held-out patients were trained on before the resume: dinoct-eval will refuse", len(leaked))
+    if plan.resumes_in_place:
+        for path in checkpoints.set_aside(folder.path, after=checkpoint.step):
+            log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
+    size = 2 * state_bytes(parts.model.state_dict())  # Adam's two moments are as large as student and teacher
+    check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
 
 
 def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:
@@ -159,18 +210,16 @@ def describe(
     plan: RunPlan,
     hardware: Hardware,
     folder: RunFolder,
-    model: SelfDistillation,
+    parts: _Parts,
     *,
     slices: tuple[int, int],
-    horizon: int,
-    notes: list[str],
 ) -> None:
     """Say what is about to run, and what `auto` chose."""
     cfg = plan.cfg
     log.info("run folder %s", folder.path)
     for line in hardware.lines():
         log.info("  %s", line)
-    count = parameter_count(model.student.backbone)
+    count = parameter_count(parts.model.student.backbone)
     log.info(
         "model %s: %.1f M parameters, patch %d, %d px", cfg.model.name, count / 1e6, cfg.model.patch, cfg.model.img_size
     )
@@ -181,12 +230,12 @@ def describe(
         "steps: %s; effective batch %d; schedules over %d steps; ln K %.4f",
         steps,
         batch,
-        horizon,
+        parts.horizon,
         math.log(cfg.loss.out_dim),
     )
     for line in plan.warnings:
         log.warning(line)
-    for line in notes:
+    for line in parts.notes:
         log.info(line)
     if plan.checkpoint is not None:
         before = plan.checkpoint.meta["hardware"]

@@ -1,7 +1,9 @@
 """Reading run folders: a table of runs, also printed at the end of a sweep."""
 
+import argparse
 import csv
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,3 +90,62 @@ class SweepSummary(Callback):
         print_table(header, table, f"sweep {folder}")
         with open(folder / "summary.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *table])
+
+
+def show(run: Mapping[str, Any]) -> list[str]:
+    """What one run is and where it came from, line by line."""
+    config = run["config"]
+    lines = [
+        f"run        {run['folder']}  ({run['state']}, step {run['last'].get('step', config.get('step', 0))})",
+        f"command    {config['command']}",
+        f"created    {config['created']}",
+        f"code       git {config['git_commit']}, dinoct {config['environment']['dinoct']}",
+        f"data       manifest {config['data_manifest_hash']}",
+        "machine    " + ", ".join(f"{key} {value}" for key, value in config["hardware"].items()),
+        "versions   " + ", ".join(f"{key} {value}" for key, value in config["environment"].items() if value),
+        f"model      {config['config']['model']['name']}, {config['parameters'] / 1e6:.1f} M parameters",
+        "choices    " + ", ".join(f"{key}={value}" for key, value in config["choices"].items()),
+    ]
+    if "error" in config:
+        lines.append(f"error      {config['error']}")
+    for event in config["history"]:
+        machine = f"{event['hardware']['platform']} ({event['hardware']['card']})"
+        lines.append(f"history    {event['at']}  from step {event['from_step']} on {machine}: {event['command']}")
+        lines += [f"             changed {change}" for change in event["changes"]]
+    lines += [f"last       {tag} = {value:.6g}" for tag, value in sorted(run["last"].items()) if tag != "step"]
+    lines += [f"setting    {key} = {value}" for key, value in sorted(run["settings"].items())]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``dinoct-runs FOLDER`` prints a table of runs, ``dinoct-runs show RUN`` all about one."""
+    parser = argparse.ArgumentParser(prog="dinoct-runs", description=main.__doc__)
+    parser.add_argument("words", nargs="+", metavar="FOLDER | show RUN")
+    parser.add_argument("--csv", metavar="FILE", help="write the table into FILE too")
+    typed = parser.parse_args(arguments)
+    if typed.words[0] == "show" and len(typed.words) == 2:
+        run = read_run(Path(typed.words[1]))
+        if run is None:
+            print(f"error: {typed.words[1]} is not a run folder (it has no config.json)", file=sys.stderr)
+            return 1
+        for line in show(run):
+            console.print(line, markup=False)
+        return 0
+    if len(typed.words) != 1:
+        parser.error("give one folder of runs, or: show RUN")
+    folder = Path(typed.words[0])
+    runs = [run for path in sorted(folder.glob("*/config.json")) if (run := read_run(path.parent))]
+    if not runs:
+        print(f"error: there is no run in {folder}", file=sys.stderr)
+        return 1
+    header, table = rows(runs)
+    print_table(header, table, str(folder))
+    if typed.csv:
+        with open(typed.csv, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *table])
+    return 0
+
+
+def cli() -> None:
+    """Entry point of ``dinoct-runs``."""
+    sys.exit(main())

@@ -114,12 +114,13 @@ class Tracker:
     a W&B service that died, is reported, dropped, and training goes on.
     """
 
-    def __init__(self, record: JsonLines, others: list[Sink]):
+    def __init__(self, record: JsonLines | None, others: list[Sink]):
         self.record, self.others = record, others
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Keep the scalars of a step; the tags are the dictionary's keys."""
-        self.record.log(step, scalars)
+        if self.record is not None:
+            self.record.log(step, scalars)
         for sink in list(self.others):
             self._try(sink, lambda sink=sink: sink.log(step, scalars))
 
@@ -132,7 +133,8 @@ class Tracker:
     def close(self) -> None:
         for sink in list(self.others):
             self._try(sink, sink.close)
-        self.record.close()
+        if self.record is not None:
+            self.record.close()
 
     def _try(self, sink: Sink, call: Callable[[], None]) -> None:
         try:

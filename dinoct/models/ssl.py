@@ -149,14 +149,24 @@ class SelfDistillation(nn.Module):
         return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
 
     @torch.no_grad()
-    def end_update(self, *, step: int, horizon: int, momentum: float) -> None:
-        """After the optimiser moved: EMA teacher, centres, and the Gram teacher's age. `step` counts this update."""
-        teacher = [p.data for p in self.teacher.parameters()]
-        torch._foreach_lerp_(teacher, [p.data for p in self.student.parameters()], 1.0 - momentum)
+    def end_update(self, *, step: int, horizon: int, momentum: float, finite: Tensor | None = None) -> None:
+        """After the optimiser moved: EMA teacher, centres, and the Gram teacher's age. `step` counts this update.
+
+        Where `finite` (0-d boolean that the host does not know yet) is false, the update was skipped on the device and
+        nothing moves here.
+        """
+        teacher, student = ([p.data for p in side.parameters()] for side in (self.teacher, self.student))
+        if finite is None:
+            torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+        else:
+            weight = (1.0 - momentum) * finite
+            for own, other in zip(teacher, student, strict=True):
+                own.lerp_(other, weight)
         for name in ("dino", "ibot"):
             total, count = getattr(self, f"{name}_center_sum"), getattr(self, f"{name}_center_count")
             center = getattr(self, f"{name}_center")
-            mean = torch.where(count > 0, total / count.clamp_min(1), center)
+            usable = count > 0 if finite is None else (count > 0) & finite
+            mean = torch.where(usable, total / count.clamp_min(1), center)
             center.lerp_(mean, 1.0 - self.cfg.dino.center_momentum)
             total.zero_()
             count.zero_()

@@ -1,0 +1,296 @@
+"""Faults, one by one: what the user sees, what is saved, and that the run goes on as if nothing had happened."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TINY, losses, metrics, run, start
+
+from dinoct import checkpoint as checkpoints
+from dinoct.data.dataset import SliceViews
+from dinoct.engine import Engine
+from dinoct.guard import FiniteGuard
+from dinoct.models.ssl import SelfDistillation
+
+HERE = ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+
+
+def train(root, folder, *overrides: str) -> int:
+    return run("train", *TINY, f"data.root={root}", f"run_dir={folder}", *overrides)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = (checkpoints.load(path).state["model"] for path in (a, b))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def whole(phantom_root, tmp_path_factory):
+    """An undisturbed run of 40 steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(phantom_root, folder, "train.max_steps=40") == 0
+    return folder
+
+
+def assert_equals(folder: Path, whole: Path) -> None:
+    assert losses(folder) == losses(whole)
+    assert_same_weights(folder / "checkpoint_00000040.pth", whole / "checkpoint_00000040.pth")
+
+
+# --- NaN ------------------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, call: int) -> None:
+    forward, calls = SelfDistillation.forward, []
+
+    def poisoned(self, batch, **kwargs):
+        terms = forward(self, batch, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            terms.total = terms.total * float("inf")
+            terms.scalars["loss/total"] = terms.total.detach()
+        return terms
+
+    monkeypatch.setattr(SelfDistillation, "forward", poisoned)
+
+
+def test_a_card_stops_one_step_later_with_the_weights_of_the_last_healthy_step(
+    phantom_root, workplace, capfd, monkeypatch
+):
+    """The path for cards, on the CPU: the verdict is read a step later, the optimiser and the teacher skip."""
+    assert train(phantom_root, workplace / "plain", "train.max_steps=2", "optim.horizon=6", "ckpt.every=1") == 0
+    init = FiniteGuard.__init__
+    monkeypatch.setattr(
+        FiniteGuard, "__init__", lambda self, device: (init(self, device), setattr(self, "deferred", True))[0]
+    )
+    poison(monkeypatch, call=3)
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=6", "ckpt.every=100", "tracker.every=100") == 1
+    assert "step 3: loss/total is not finite" in capfd.readouterr().err
+    emergency = checkpoints.load(folder / "emergency_00000002.pth")
+    assert (emergency.step, emergency.meta["samples_seen"]) == (2, 16)
+    assert emergency.meta["positions"] == list(range(16, 24))
+    healthy = checkpoints.load(workplace / "plain" / "checkpoint_00000002.pth").state["model"]
+    for name, value in emergency.state["model"].items():
+        assert torch.allclose(value.float(), healthy[name].float(), atol=1e-6), name
+
+
+def test_a_bad_batch_can_be_replayed(phantom_root, workplace, capfd, monkeypatch):
+    plain = SliceViews.__getitem__
+
+    def broken(self, position):
+        item = plain(self, position)
+        if position == 19:
+            item["global"][0, 0, 0] = float("nan")
+        return item
+
+    folder = workplace / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(SliceViews, "__getitem__", broken)
+        assert train(phantom_root, folder, "train.max_steps=5") == 1
+        emergency = folder / "emergency_00000002.pth"
+        assert f"dinoct-train replay={emergency}" in capfd.readouterr().err
+        before = sorted(path.name for path in folder.iterdir())
+        assert run("train", f"replay={emergency}", *HERE) == 2
+        out = capfd.readouterr().out
+        assert "input: NOT FINITE" in out
+        assert "step 3 is not finite here either" in out
+    assert run("train", f"replay={emergency}", *HERE) == 0
+    assert "step 3 is finite here" in capfd.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_replay_wants_an_emergency_checkpoint(whole, workplace, capfd):
+    assert run("train", f"replay={whole / 'checkpoint_00000040.pth'}", *HERE) == 1
+    assert "is not an emergency checkpoint" in capfd.readouterr().err
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_does_not_end_the_run_before_its_end(phantom_root, workplace):
+    """Every checkpoint fails half-way through its write; training goes on, and the end says that nothing is saved."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=6", "ckpt.every=2"]
+    process = start("train", *command, cwd=workplace, preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "not saved at step 2, training goes on: cannot write" in out
+    assert "not saved at step 4" in out
+    assert len(err.splitlines()) == 1
+    assert [row["step"] for row in metrics(workplace / "run")] == [1, 2, 3, 4, 5, 6]
+    assert not [p.name for p in (workplace / "run").iterdir() if ".pth" in p.name]
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused_before_the_run(phantom_root, workplace, capfd, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("dinoct.saving.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert train(phantom_root, workplace / "run", "train.max_steps=1") == 1
+    assert "free some space" in capfd.readouterr().err
+
+
+def test_a_killed_loader_worker_costs_nothing(phantom_root, workplace, whole):
+    folder = workplace / "run"
+    command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=40", "hardware.num_workers=1"]
+    process = start("train", *command, cwd=workplace)
+    try:
+        wait_for_step(process, folder, 5)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(c) for c in children if b"dinoct.train" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert len(err.splitlines()) == 1
+    assert "a loader worker died" in err
+    assert "the state of step" in err
+    assert run("train", f"resume={folder}", *HERE) == 0
+    assert_equals(folder, whole)
+
+
+def test_a_vanished_data_disk_costs_nothing(phantom_root, workplace, whole, capfd, monkeypatch):
+    root, folder = workplace / "data", workplace / "run"
+    shutil.copytree(phantom_root, root)
+    update = Engine.update
+
+    def pull_the_plug(self, batches):
+        if self.step == 4:
+            (root / "store").rename(root / "gone")
+            self.train_data.store._handles.clear()
+        return update(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "update", pull_the_plug)
+        assert train(root, folder, "train.max_steps=40") == 1
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "step 5: series" in err
+    assert "the state of step 4 is in" in err
+    (root / "gone").rename(root / "store")
+    assert run("train", f"resume={folder}", *HERE) == 0
+    assert_equals(folder, whole)
+
+
+def test_out_of_memory_names_three_settings(phantom_root, workplace, capfd, monkeypatch):
+    def full(self, batch, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(SelfDistillation, "forward", full)
+    assert train(phantom_root, workplace / "run", "train.max_steps=2") == 1
+    err = capfd.readouterr().err
+    assert "train.batch_size=4 train.accumulation_steps=2" in err
+    assert "train.grad_checkpoint=true" in err
+    assert "train.amp=true" in err
+    assert "GB less" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(phantom_root, workplace, capfd):
+    (workplace / "file").write_text("")
+    assert train(phantom_root, workplace / "file" / "run", "train.max_steps=1") == 1
+    assert "run_dir=" in capfd.readouterr().err
+
+
+def test_a_look_that_fails_does_not_end_the_run(phantom_root, workplace, capfd, monkeypatch):
+    monkeypatch.setattr("dinoct.engine.draw_monitor", lambda *_, **__: 1 / 0)
+    assert train(phantom_root, workplace / "run", "train.max_steps=3", "monitor.every=1") == 0
+    assert "draw failed at step 1, training goes on: division by zero" in capfd.readouterr().out
+
+
+# --- signals and kills ----------------------------------------------------------------------------------------------
+
+
+def wait_for_step(process, folder: Path, step: int) -> None:
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "status"),
+    [(signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143), (signal.SIGHUP, True, 129), (signal.SIGINT, True, 130)],
+)
+def test_signals_save_and_leave(phantom_root, workplace, whole, number, group, status):
+    """To the process alone, or to the whole group with its loader workers, as terminals and Slurm do."""
+    folder = workplace / "run"
+    command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=40", "hardware.num_workers=1"]
+    process = start("train", *command, cwd=workplace, start_new_session=True)
+    try:
+        wait_for_step(process, folder, 3)
+        (os.killpg if group else os.kill)(process.pid, number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == status, err
+    assert f"stopped by signal {number:d} at step" in out
+    assert run("train", f"resume={folder}", *HERE) == 0
+    assert_equals(folder, whole)
+
+
+def kill_and_restart(phantom_root, workplace, whole, *, kills: int, seed: int) -> None:
+    """Kill -9 at random moments, saves included, and start again until it is through."""
+    folder = workplace / "outputs" / "runs" / "20260101_000000"
+    draw = random.Random(seed)
+    first = [*TINY, f"data.root={phantom_root}", f"run_dir={folder}", "train.max_steps=40", "ckpt.every=1"]
+    command, done = first, 0
+    while done < kills:
+        process = start("train", *command, cwd=workplace)
+        try:
+            step = len(losses(folder)) if (folder / "metrics.jsonl").exists() else 0
+            if step < 38:
+                wait_for_step(process, folder, min(step + draw.randrange(1, 3), 39))
+            time.sleep(draw.uniform(0, 0.05))
+        finally:
+            process.kill()
+            process.communicate()
+        done += 1
+        command = ["resume=auto", *HERE] if list(folder.glob("checkpoint_*.pth")) else first
+        if step >= 36:  # begin anew, or late kills would find the work done
+            shutil.rmtree(folder)
+            command = first
+        elif command is first:
+            shutil.rmtree(folder, ignore_errors=True)
+    process = start("train", *command, cwd=workplace)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_equals(folder, whole)
+    assert not [p.name for p in folder.iterdir() if ".tmp-" in p.name and p.name.startswith(".checkpoint_00000040")]
+
+
+def test_killed_four_times_ends_with_the_same_weights(phantom_root, workplace, whole):
+    kill_and_restart(phantom_root, workplace, whole, kills=4, seed=0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_killed_fifty_times_ends_with_the_same_weights(phantom_root, workplace, whole):
+    kill_and_restart(phantom_root, workplace, whole, kills=50, seed=1)
+
+
+def test_config_survives_and_names_every_resume(phantom_root, workplace, whole, capfd):
+    from dinoct.runs import main
+
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=2", "optim.horizon=4") == 0
+    assert run("train", f"resume={folder}", "train.max_steps=3", *HERE) == 0
+    capfd.readouterr()
+    assert main(["show", str(folder)]) == 0
+    out = capfd.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    for words in (config["git_commit"], config["data_manifest_hash"], "from step 2", "changed train.max_steps: 2 -> 3"):
+        assert words in out
+    assert main([str(workplace)]) == 0
+    assert main(["show", str(workplace)]) == 1
