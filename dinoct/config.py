@@ -50,8 +50,10 @@ class AugConfig:
     name: str = "spatial_strong"
     global_crops: int = 2
     global_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # share of the slice's area
+    global_mm: list[float] | None = None  # sides of the crop in mm instead of global_scale: one scale for all scanners
     local_crops: int = 0
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])
+    local_mm: list[float] | None = None
     local_size: int | None = None  # pixels; null: the multiple of model.patch nearest to 96
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])  # width / height of a crop
     flip: float = 0.5  # probability

@@ -169,6 +169,7 @@ class Engine:
         # ------------------------------------------------------------------------------------------------------------
         return means | {
             "Train/gradient_norm": norm.detach(),
+            "Train/gram_teacher_age": self.model.gram_teacher_age(self.step),
             "Train/lr": lr,
             "Train/weight_decay": decay,
             "Train/teacher_momentum": momentum,

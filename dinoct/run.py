@@ -29,6 +29,7 @@ from dinoct.rundir import RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import ENDLESS_HORIZON, Schedules
 from dinoct.tracking import Tracker, build_tracker
+from dinoct.validate import teach
 
 
 def execute(plan: RunPlan) -> Outcome:
@@ -233,7 +234,7 @@ def describe(
         parts.horizon,
         math.log(cfg.loss.out_dim),
     )
-    for line in plan.warnings:
+    for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size)]:
         log.warning(line)
     for line in parts.notes:
         log.info(line)

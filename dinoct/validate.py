@@ -7,6 +7,8 @@ from dinoct.config import AugConfig, LossConfig, ModelConfig, OptimConfig, Probe
 from dinoct.errors import ConfigError
 
 MIN_GRAM_WEIGHT = 0.01
+SINKHORN_RATIO = 32  # prototypes per teacher row
+KOLEO_SLICES = 16
 GRAM_REASON = (
     "Gram anchoring is always on: without it patch features drift apart from the anatomy while the loss still falls"
 )
@@ -75,6 +77,24 @@ def validate_probe(probe: ProbeConfig) -> None:
         raise ConfigError(f"probe.seed must be at least 0, not {probe.seed}")
 
 
+def teach(cfg: TrainConfig, *, batch_size: int) -> list[str]:
+    """Warnings on settings that are allowed and seldom meant, each with what to change."""
+    out = []
+    rows, k = batch_size * cfg.aug.global_crops, cfg.loss.out_dim
+    if cfg.loss.dino.centering == "sinkhorn" and k > SINKHORN_RATIO * rows:
+        out.append(
+            f"Sinkhorn-Knopp shares {k} prototypes among {rows} teacher rows: the teacher's entropy cannot go below "
+            f"ln(K/B) = {math.log(k / rows):.2f} of ln K = {math.log(k):.2f}, and accumulation does not help; "
+            f"take loss.out_dim={SINKHORN_RATIO * rows} or less, or loss.dino.centering=softmax"
+        )
+    if cfg.loss.koleo.weight and batch_size < KOLEO_SLICES:
+        out.append(
+            f"KoLeo looks for neighbours among {batch_size} slices, {KOLEO_SLICES} or more are meant, and accumulation "
+            "does not help: raise train.batch_size, or take loss.koleo.weight=0"
+        )
+    return out
+
+
 def nearest_multiples(size: int, patch: int) -> list[int]:
     """The multiples of `patch` just below and just above `size`, without 0."""
     below = size // patch * patch
@@ -137,6 +157,9 @@ def _aug(aug: AugConfig) -> None:
         raise ConfigError("aug.global_crops must be at least 1 and aug.local_crops at least 0")
     _range("aug.global_scale", aug.global_scale, low=1e-3, high=1.0)
     _range("aug.local_scale", aug.local_scale, low=1e-3, high=1.0)
+    for key in ("global_mm", "local_mm"):
+        if getattr(aug, key) is not None:
+            _range(f"aug.{key}", getattr(aug, key), low=5.0, high=2000.0)
     _range("aug.ratio", aug.ratio, low=0.1, high=10.0)
     _window("aug.window", aug.window)
     for key in ("flip", "blur", "noise", "min_body"):

@@ -11,7 +11,7 @@ from dinoct.cli import option_keys
 from dinoct.config import TrainConfig, to_object
 from dinoct.errors import ConfigError
 from dinoct.models.backbone import Backbone, parameter_count
-from dinoct.validate import check_deletions, local_crop_size, validate
+from dinoct.validate import check_deletions, local_crop_size, teach, validate
 
 CONF = Path(dinoct.conf.__file__).parent
 GROUPS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("split", "sweep"))
@@ -102,3 +102,13 @@ def test_keys_that_people_type_exist():
         monitor.every eval.every optim.horizon parallel.processes hardware.device hardware.num_workers
         hardware.pin_memory tracker.every run_dir resume seed"""
     assert set(keys.split()) <= set(option_keys(TrainConfig))
+
+
+def test_warnings_teach_what_batches_cannot_do():
+    cfg = train_config("loss=dinov3", "loss.out_dim=65536")
+    sinkhorn, koleo = teach(cfg, batch_size=8)
+    assert "ln(K/B) = 8.32" in sinkhorn
+    assert "loss.out_dim=512 or less" in sinkhorn
+    assert "loss.koleo.weight=0" in koleo
+    assert teach(train_config("loss=dinov3", "loss.out_dim=4096"), batch_size=64) == []
+    assert teach(train_config(), batch_size=64) == []

@@ -81,7 +81,7 @@ def test_losses_are_float32_under_autocast(monkeypatch):
     from dinoct import losses
 
     seen = []
-    for name in ("gram_loss_per_image", "koleo_loss", "cross_entropy_pairs", "masked_cross_entropy"):
+    for name in ("gram_loss_per_patch", "koleo_loss", "cross_entropy_pairs", "masked_cross_entropy"):
         plain = getattr(losses, name)
 
         def spy(*args, plain=plain, **kwargs):

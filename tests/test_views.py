@@ -102,3 +102,18 @@ def test_block_masks_hit_their_share(share):
 def test_probe_views_do_not_follow_the_augmentation():
     spec = probe_spec(ProbeConfig(), 224)
     assert (spec.scale, spec.flip, spec.blur, spec.min_body) == ((0.5, 1.0), 0.5, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("mm_per_pixel", [0.5, 0.8])
+def test_crops_in_millimetres_have_one_size_on_all_scanners(mm_per_pixel):
+    make = ViewMaker(AugConfig(global_mm=[100.0, 100.0], min_body=0.0), MODEL, IbotConfig())
+    views = [sample_view(rng(i), make.global_spec, body(512), mm_per_pixel) for i in range(50)]
+    sides = [(view.height * view.width) ** 0.5 * mm_per_pixel for view in views]
+    assert np.allclose(sides, 100.0, atol=1.0)
+    assert len({view.top for view in views}) > 10
+
+
+def test_a_crop_larger_than_the_slice_is_the_slice():
+    make = ViewMaker(AugConfig(global_mm=[900.0, 900.0], ratio=[1.0, 1.0]), MODEL, IbotConfig())
+    view = sample_view(rng(0), make.global_spec, body(256), 0.7)
+    assert (view.height, view.width) == (256, 256)

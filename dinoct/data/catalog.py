@@ -14,17 +14,19 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from dinoct.data.archive import Member
 from dinoct.data.dicom import Rejected
+from dinoct.data.files import FileRef, Source
 from dinoct.data.header import SliceHeader
-from dinoct.data.jobs import Source
 from dinoct.data.series import SliceRef
 from dinoct.data.store import STORE_FORMAT
+from dinoct.data.walk import Found
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (  -- kind, reason: why the file as a whole gave nothing
     file_id TEXT PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
     seen INTEGER NOT NULL, scanned INTEGER NOT NULL DEFAULT 0, transient INTEGER NOT NULL DEFAULT 0,
-    kind TEXT, reason TEXT, is_ct INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+    kind TEXT, reason TEXT, is_ct INTEGER NOT NULL DEFAULT 0, member TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS frames (
     file_id TEXT NOT NULL, frame INTEGER NOT NULL, grp TEXT NOT NULL, header TEXT NOT NULL,
     PRIMARY KEY (file_id, frame)) WITHOUT ROWID;
@@ -72,68 +74,75 @@ class SeriesRecord(NamedTuple):
     slices: list[tuple[str, str, int, list[object]]]  # slice_id, file_id, frame, cells of index.csv
 
 
+def _member(text: str | None) -> Member | None:
+    return Member(*json.loads(text)) if text else None
+
+
 class Catalog:
     def __init__(self, path: Path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         path.chmod(0o600)
         self.db = sqlite3.connect(path)
+        self.db.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten and not only unlinked
         self.db.executescript(_SCHEMA)
+        if not self.one("SELECT 1 FROM pragma_table_info('files') WHERE name = 'member'"):
+            self.db.execute("ALTER TABLE files ADD COLUMN member TEXT")  # a catalog from before archives were read
 
     def close(self) -> None:
         self.db.close()
 
     # ---- files
 
-    def register(self, files: Iterable[tuple[str, bytes, int, int]], inside: list[bytes]) -> None:
-        """Take note of (file_id, path, size, mtime_ns); forget files of the folders `inside` that are there no more.
+    def register(self, files: Iterable[tuple[str, Found]], inside: list[bytes]) -> None:
+        """Take note of (file_id, file); forget files of the folders (or archives) `inside` that are there no more.
 
         A file whose size or time changed is as good as new. Files of other folders stay: sources add up over runs.
         """
         with self.db:
             self.db.execute("UPDATE files SET seen = 0")
-            for file_id, path, size, mtime_ns in files:
+            for file_id, (path, size, mtime_ns, member) in files:
                 known = self.db.execute("SELECT size, mtime_ns FROM files WHERE file_id = ?", (file_id,)).fetchone()
                 if known == (size, mtime_ns):
                     self.db.execute("UPDATE files SET seen = 1 WHERE file_id = ?", (file_id,))
                     continue
                 self._forget(file_id)
                 self.db.execute(
-                    "INSERT INTO files (file_id, path, size, mtime_ns, seen) VALUES (?, ?, ?, ?, 1)",
-                    (file_id, path, size, mtime_ns),
+                    "INSERT INTO files (file_id, path, size, mtime_ns, seen, member) VALUES (?, ?, ?, ?, 1, ?)",
+                    (file_id, path, size, mtime_ns, json.dumps(member) if member else None),
                 )
             for folder in inside:
-                self._forget_unseen(folder.rstrip(b"/") + b"/")
+                self._forget_unseen(folder.rstrip(b"/"))
             self._retry_transient()
 
     def _forget(self, file_id: str) -> None:
         for table in ("files", "frames"):  # drops and slices go with their group, which no longer fits its fingerprint
             self.db.execute(f"DELETE FROM {table} WHERE file_id = ?", (file_id,))
 
-    def _forget_unseen(self, prefix: bytes) -> None:
-        gone = "SELECT file_id FROM files WHERE NOT seen AND substr(path, 1, ?) = ?"
+    def _forget_unseen(self, top: bytes) -> None:
+        gone = "SELECT file_id FROM files WHERE NOT seen AND (substr(path, 1, ?) = ? OR path = ?)"
         for table in ("frames", "files"):
-            self.db.execute(f"DELETE FROM {table} WHERE file_id IN ({gone})", (len(prefix), prefix))
+            self.db.execute(f"DELETE FROM {table} WHERE file_id IN ({gone})", (len(top) + 1, top + b"/", top))
 
     def _retry_transient(self) -> None:
         self.db.execute("DELETE FROM groups WHERE grp IN (SELECT grp FROM drops WHERE transient)")
         self.db.execute("UPDATE files SET scanned = 0, kind = NULL, reason = NULL, transient = 0 WHERE transient")
 
-    def unscanned(self) -> Iterator[tuple[str, str, int]]:
-        """Yield (file_id, path, size) of files whose header nobody has read, in order of path."""
+    def unscanned(self) -> Iterator[tuple[str, FileRef, int]]:
+        """Yield (file_id, file, size) of files whose header nobody has read, in order of path."""
         last = b""
-        query = "SELECT file_id, path, size FROM files WHERE NOT scanned AND path > ? ORDER BY path LIMIT 1000"
+        query = "SELECT file_id, path, size, member FROM files WHERE NOT scanned AND path > ? ORDER BY path LIMIT 1000"
         while rows := self.db.execute(query, (last,)).fetchall():  # pages: the table changes while we walk it
             last = rows[-1][1]
-            yield from ((file_id, os.fsdecode(path), size) for file_id, path, size in rows)
+            yield from ((key, FileRef(os.fsdecode(path), _member(text)), size) for key, path, size, text in rows)
 
     def add_scan(
         self, file_id: str, found: list[tuple[str, SliceHeader]] | Rejected, *, transient: bool = False
     ) -> None:
         """Record what a header said: (group, header) per frame, or a reject. The caller commits."""
-        kind, reason, is_ct = found if isinstance(found, Rejected) else (None, None, True)
+        kind, reason, is_ct, retry = found if isinstance(found, Rejected) else (None, None, True, False)
         self.db.execute(
             "UPDATE files SET scanned = 1, kind = ?, reason = ?, is_ct = ?, transient = ? WHERE file_id = ?",
-            (kind, reason, is_ct, transient, file_id),
+            (kind, reason, is_ct, transient or retry, file_id),
         )
         frames = () if isinstance(found, Rejected) else enumerate(found)
         self.db.executemany(
@@ -171,14 +180,15 @@ class Catalog:
     def group(self, group: str) -> tuple[list[SliceRef], dict[str, Source]]:
         """Return the slices of a group, and by file what reading it needs (with the header of its first frame)."""
         query = (
-            "SELECT file_id, frame, header, path, size, mtime_ns FROM frames JOIN files USING (file_id) WHERE grp = ? "
-            "ORDER BY file_id, frame"
+            "SELECT file_id, frame, header, path, size, mtime_ns, member FROM frames JOIN files USING (file_id) "
+            "WHERE grp = ? ORDER BY file_id, frame"
         )
         refs, sources = [], {}
-        for file_id, frame, text, path, size, mtime_ns in self.db.execute(query, (group,)):
+        for file_id, frame, text, path, size, mtime_ns, member in self.db.execute(query, (group,)):
             header = SliceHeader(*(tuple(x) if isinstance(x, list) else x for x in json.loads(text)))
             refs.append(SliceRef(file_id, frame, header))
-            sources.setdefault(file_id, Source(os.fsdecode(path), size, mtime_ns, header))
+            if file_id not in sources:
+                sources[file_id] = Source(os.fsdecode(path), size, mtime_ns, header, _member(member))
         return refs, sources
 
     def finish_group(self, group: str, fingerprint: str, series: list[SeriesRecord], drops: list[Drop]) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from dinoct.config import PhantomConfig, PrepareConfig
 from dinoct.console import console, progress
+from dinoct.data.labels import write_lidc_labels
 from dinoct.data.pipeline import PrepareOptions, PrepareReport, Progress, explain, prepare_dataset
 from dinoct.data.privacy import private_folder, write_salt
 from dinoct.errors import ConfigError
 
 
 def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
-    """Prepare `cfg.source`, or explain a file id.
+    """Prepare `cfg.source`, or explain a file id, or write the labels of LIDC's nodules.
 
     Raises:
         ConfigError, PrepareError: naming the key to change.
@@ -28,6 +29,10 @@ def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
     if cfg.explain:
         for key, value in explain(root, cfg.explain).items():
             console.print(f"{key}: {value}", markup=False)
+        return
+    if cfg.labels:
+        path, counts = write_lidc_labels(Path(cfg.labels), root)
+        console.print(f"{', '.join(f'{n} {label}' for label, n in counts.items())}: {path}", markup=False)
         return
     sources = _sources(cfg, root)
     _note_command(root, arguments)
@@ -41,7 +46,7 @@ def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
         val_patients=tuple(cfg.split.val_patients),
     )
     console.print(
-        f"prepare: {workers} decoding processes ({'prepare.workers' if cfg.prepare.workers else 'auto: cores'})"
+        f"prepare: {workers} decoding processes ({'auto: cores' if cfg.prepare.workers is None else 'prepare.workers'})"
     )
     with _display() as tell:
         report = prepare_dataset(sources, root, options, progress=tell)
@@ -50,13 +55,13 @@ def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
 
 def _sources(cfg: PrepareConfig, root: Path) -> list[Path]:
     if cfg.source is None:
-        raise ConfigError("source is needed: a folder of CT DICOM, a list of folders, or source=phantom")
+        raise ConfigError("source is needed: a folder, a zip or a tar of CT, a list of these, or source=phantom")
     if cfg.source == "phantom":
         return [_write_phantom(cfg.phantom, root, seed=cfg.seed)]
     sources = [Path(item) for item in (cfg.source if isinstance(cfg.source, list) else [cfg.source])]
     for number, source in enumerate(sources, 1):
         if not source.exists():  # the path itself may hold a name: the number says which one
-            raise ConfigError(f"source: folder {number} of {len(sources)} does not exist")
+            raise ConfigError(f"source: number {number} of {len(sources)} does not exist")
     return sources
 
 

@@ -101,7 +101,8 @@ class SliceViews(Dataset):
     def __getitem__(self, position: int) -> dict:
         epoch, i = self.slice_at(position)
         rng = np.random.default_rng([self.seed, epoch, i, 1])  # the 1 keeps it apart from the order's generator
-        item = self.views(read_slice(self.index, self.store, i), rng)
+        spacing = min(float(self.index.spacing_row_mm[i]), float(self.index.spacing_col_mm[i]))  # after the letterbox
+        item = self.views(read_slice(self.index, self.store, i), rng, spacing)
         return item | {"group": int(self.index.series[i]), "position": position}
 
 

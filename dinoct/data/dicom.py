@@ -8,6 +8,8 @@ import logging
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ from pydicom.uid import (
 
 from dinoct.data import header as h
 from dinoct.data import tags
+from dinoct.data.archive import Member, open_member
 from dinoct.data.header import Refused, SliceHeader
 from dinoct.data.pixels import PLUGINS, read_stored, to_hu
 
@@ -45,14 +48,32 @@ _LOSSY = {JPEGLSNearLossless, JPEG2000, HTJ2K, JPEGBaseline8Bit, JPEGExtended12B
 
 
 class Rejected(NamedTuple):
-    """Why a file gave no slice. `is_ct` says whether it counts against the limit of refused CT files."""
+    """Why a file gave no slice. `is_ct` says whether it counts against the limit of refused CT files.
+
+    `retry`: the next run looks again, since what is missing is missing here and not in the file.
+    """
 
     kind: str  # refused | not_dicom
     reason: str
     is_ct: bool
+    retry: bool = False
 
 
-def read_headers(path: str, *, axial_only: bool = True) -> list[SliceHeader] | Rejected:
+class NoDecoder(Refused):
+    """A package that can be installed would read the file."""
+
+
+NOT_DICOM = Rejected("not_dicom", "not a DICOM file", False)
+
+
+@contextmanager
+def opened(path: str, member: Member | None = None) -> Iterator[BinaryIO]:
+    """Open a file, or a member of an archive."""
+    with open(member.archive if member else path, "rb") as handle:
+        yield open_member(handle, member) if member else handle
+
+
+def read_headers(path: str, member: Member | None = None, *, axial_only: bool = True) -> list[SliceHeader] | Rejected:
     """Read the header of one file of any kind. Never raises for the content of a file.
 
     Returns one SliceHeader per frame, or a Rejected: `not_dicom` for what is no DICOM image at all, `refused` for DICOM
@@ -61,21 +82,22 @@ def read_headers(path: str, *, axial_only: bool = True) -> list[SliceHeader] | R
     """
     storage, size = UID(""), 0
     try:
-        with open(path, "rb") as handle, warnings.catch_warnings():
+        with opened(path, member) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            size = os.fstat(handle.fileno()).st_size
+            size = _size(handle)
             ds = dcmread(handle, stop_before_pixels=True, specific_tags=list(tags.TAGS.values()))
             storage = UID(h.text(ds, "SOPClassUID"))
             if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
                 return Rejected("not_dicom", "DICOMDIR", False)
-            headers = _headers(ds, storage, handle)
+            headers = _headers(ds, storage, handle, size)
         for header in headers if axial_only else ():
             h.check_axial(header.orientation)
         return headers
     except InvalidDicomError:
-        return Rejected("not_dicom", "not a DICOM file" if size else "empty file", False)
+        return NOT_DICOM if size else Rejected("not_dicom", "empty file", False)
     except Refused as error:
-        return Rejected("refused", str(error), storage in CT_CLASSES or not storage)
+        is_ct = storage in CT_CLASSES or not storage
+        return Rejected("refused", str(error), is_ct, retry=isinstance(error, NoDecoder))
     except (OSError, MemoryError) as error:
         return Rejected("refused", f"cannot be read ({type(error).__name__})", True)
     except Exception as error:  # pydicom raises many kinds; their texts quote the file
@@ -84,7 +106,13 @@ def read_headers(path: str, *, axial_only: bool = True) -> list[SliceHeader] | R
         )
 
 
-def _headers(ds: Dataset, storage: UID, handle: BinaryIO) -> list[SliceHeader]:
+def _size(handle: BinaryIO) -> int:
+    size = handle.seek(0, os.SEEK_END)
+    handle.seek(0)
+    return size
+
+
+def _headers(ds: Dataset, storage: UID, handle: BinaryIO, size: int) -> list[SliceHeader]:
     if storage not in CT_CLASSES:
         known = storage.name if storage.is_valid and storage.name != storage else "unknown class"
         raise Refused(f"not a CT image: {known if storage else 'no SOPClassUID'}")
@@ -93,7 +121,7 @@ def _headers(ds: Dataset, storage: UID, handle: BinaryIO) -> list[SliceHeader]:
     if storage == CTImageStorage and frames != 1:
         raise Refused("several frames in a single-frame class")
     common = _common_fields(ds, frames)
-    common["offset"], common["length"] = _locate_pixels(handle, common)
+    common["offset"], common["length"] = _locate_pixels(handle, common, size)
     if not common["series"]:
         raise Refused("no SeriesInstanceUID")
     flat = [ds] if storage == CTImageStorage else h.flattened_frames(ds, frames)
@@ -128,12 +156,13 @@ def _supported(syntax: UID) -> str:
         raise Refused("unknown transfer syntax") from None
     plugin = PLUGINS.get(syntax)
     if not decoder.is_native and plugin not in decoder.available_plugins:
-        extra = " (install dinoct[gdcm])" if plugin == "gdcm" else ""
-        raise Refused(f"no decoder for {syntax.name}{extra}")
+        if plugin == "gdcm":
+            raise NoDecoder(f"no decoder for {syntax.name}: pip install 'dinoct[gdcm]'")
+        raise Refused(f"no decoder for {syntax.name}")
     return str(syntax)
 
 
-def _locate_pixels(handle: BinaryIO, common: dict) -> tuple[int, int]:
+def _locate_pixels(handle: BinaryIO, common: dict, size: int) -> tuple[int, int]:
     """Return offset and length of the pixel data's value; refuse data that the file or the header contradicts."""
     syntax = UID(common["transfer_syntax"])
     expected = common["rows"] * common["cols"] * 2 * common["frames"]
@@ -155,7 +184,7 @@ def _locate_pixels(handle: BinaryIO, common: dict) -> tuple[int, int]:
         return offset, -1
     if length != expected:
         raise Refused("pixel data length does not fit Rows x Columns")
-    if offset + length > os.fstat(handle.fileno()).st_size:
+    if offset + length > size:
         raise Refused("file is cut: pixel data shorter than it says")
     return offset, length
 

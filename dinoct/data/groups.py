@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dinoct.data import jobs
 from dinoct.data.catalog import Catalog, Drop, SeriesRecord
-from dinoct.data.jobs import SeriesResult, SliceStats, Source
+from dinoct.data.files import Source
+from dinoct.data.jobs import SeriesResult, SliceStats
 from dinoct.data.privacy import Hasher, csv_cell
 from dinoct.data.series import TWO_SERIES, SliceRef, clusters, geometry, resolve, series_name, sort_slices
 from dinoct.data.workers import Finished, Lost, Task

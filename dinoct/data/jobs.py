@@ -1,29 +1,20 @@
 """What runs in a worker: look at files, hash slices, write a series. Few imports: a worker starts in a second."""
 
 import hashlib
-import os
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from dinoct.data.dicom import Rejected, read_headers
+from dinoct.data.dicom import Rejected
+from dinoct.data.files import FileRef, OpenFiles, Source, read_headers
 from dinoct.data.header import Refused, SliceHeader
-from dinoct.data.pixels import finish_hu, read_stored, to_hu
+from dinoct.data.pixels import finish_hu, hu_ends, to_hu
 from dinoct.data.store import SeriesWriter, checksum
 from dinoct.data.workers import StepHook
 
 OUT_OF_MEMORY = "out of memory"
 BODY_HU = -500
-
-
-class Source(NamedTuple):
-    """One slice to decode. Size and time of the file guard against reading it with the header of another version."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    header: SliceHeader
 
 
 class SeriesJob(NamedTuple):
@@ -49,24 +40,24 @@ class SeriesResult(NamedTuple):
     bytes_out: int
 
 
-def scan_files(paths: list[str], step: StepHook) -> list[list[SliceHeader] | Rejected]:
+def scan_files(files: list[FileRef], step: StepHook) -> list[list[SliceHeader] | Rejected]:
     """Read the headers of files."""
     result = []
-    for i, path in enumerate(paths):
+    for i, ref in enumerate(files):
         step(i)
-        result.append(read_headers(path))
+        result.append(read_headers(ref))
     return result
 
 
 def hash_slices(sources: list[Source], step: StepHook) -> list[tuple[bool, str]]:
     """Return (True, SHA-256 of the HU before clipping) or (False, reason) for each slice."""
     result = []
-    with _Files() as files:
+    with OpenFiles() as files:
         for i, source in enumerate(sources):
             step(i)
             try:
                 header = source.header
-                hu = to_hu(read_stored(files.open(source), header), header.slope, header.intercept)
+                hu = to_hu(files.stored(source), header.slope, header.intercept)
                 result.append((True, hashlib.sha256(hu.astype("<i4")).hexdigest()))
             except (Refused, MemoryError, OSError) as error:
                 result.append((False, _reason(error)))
@@ -79,11 +70,11 @@ def write_series(job: SeriesJob, step: StepHook) -> SeriesResult:
     slices: list[SliceStats | str] = []
     writer = SeriesWriter(Path(job.folder), job.name, slices=len(job.sources), rows=header.rows, cols=header.cols)
     try:
-        with _Files() as files:
+        with OpenFiles() as files:
             for i, source in enumerate(job.sources):
                 step(i)
                 try:
-                    pixels, stats = _slice(files.open(source), source.header, job)
+                    pixels, stats = _slice(files.stored(source), source.header, job)
                 except (Refused, MemoryError, OSError) as error:
                     slices.append(_reason(error))
                     continue
@@ -99,42 +90,16 @@ def write_series(job: SeriesJob, step: StepHook) -> SeriesResult:
         raise
 
 
-def _slice(handle: BinaryIO, header: SliceHeader, job: SeriesJob) -> tuple[np.ndarray, SliceStats]:
-    stored = read_stored(handle, header)
-    hu = to_hu(stored, header.slope, header.intercept)
-    pixels = finish_hu(hu, stored, header.padding, hu_min=job.hu_min, hu_max=job.hu_max)
+def _slice(stored: np.ndarray, header: SliceHeader, job: SeriesJob) -> tuple[np.ndarray, SliceStats]:
+    ends = hu_ends(stored, header.slope, header.intercept)
+    hu = to_hu(stored, header.slope, header.intercept, ends)
+    pixels = finish_hu(hu, stored, header.padding, hu_min=job.hu_min, hu_max=job.hu_max, ends=ends)
     body = np.count_nonzero(pixels > BODY_HU) / pixels.size
     mean = int(pixels.sum(axis=0, dtype=np.int32).sum(dtype=np.int64)) / pixels.size
-    return pixels, SliceStats(checksum(pixels), body, mean, int(hu.min()), int(hu.max()))
+    return pixels, SliceStats(checksum(pixels), body, mean, *ends)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Refused):
         return str(error)
     return OUT_OF_MEMORY if isinstance(error, MemoryError) else f"cannot be read ({type(error).__name__})"
-
-
-class _Files:
-    """Keeps the file of the last slice open: a multi-frame file is opened once and not once per frame."""
-
-    def __init__(self) -> None:
-        self._path = ""
-        self._handle: BinaryIO | None = None
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._handle is not None:
-            self._handle.close()
-
-    def open(self, source: Source) -> BinaryIO:
-        if source.path != self._path:
-            if self._handle is not None:
-                self._handle.close()
-            self._handle, self._path = open(source.path, "rb"), source.path  # noqa: SIM115  closed by __exit__
-            state = os.fstat(self._handle.fileno())
-            if (state.st_size, state.st_mtime_ns) != (source.size, source.mtime_ns):
-                self._path = ""
-                raise Refused("changed while it was read")
-        return self._handle

@@ -18,6 +18,7 @@ from pathlib import Path
 from dinoct.data import jobs, series
 from dinoct.data.catalog import Catalog
 from dinoct.data.dicom import Rejected
+from dinoct.data.files import FileRef
 from dinoct.data.groups import SeriesStage
 from dinoct.data.index import sweep_temporary
 from dinoct.data.pixels import HU_MAX, HU_MIN
@@ -187,10 +188,7 @@ def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], 
 
 def _register(run: _Run, folders: list[Path]) -> None:
     skip = frozenset(os.fsencode(run.root / name) for name in _OWN_FOLDERS)
-    found = (
-        (run.hasher.key("file", os.fsdecode(path)), path, state.st_size, state.st_mtime_ns)
-        for path, state in find_files(folders, skip)
-    )
+    found = ((run.hasher.key("file", os.fsdecode(file.path)), file) for file in find_files(folders, skip))
     run.catalog.register(found, [os.fsencode(folder) for folder in folders])
     if not run.catalog.one("SELECT 1 FROM files LIMIT 1"):
         raise PrepareError("there is no file in the source")
@@ -219,12 +217,12 @@ def _scan(run: _Run) -> None:
         run.tell()
 
 
-def _scan_task(files: list[tuple[str, str, int]]) -> Task:
-    return Task(jobs.scan_files, [path for _, path, _ in files], files)
+def _scan_task(files: list[tuple[str, FileRef, int]]) -> Task:
+    return Task(jobs.scan_files, [ref for _, ref, _ in files], files)
 
 
 def _scan_tasks(catalog: Catalog) -> Iterator[Task]:
-    batch: list[tuple[str, str, int]] = []
+    batch: list[tuple[str, FileRef, int]] = []
     for entry in catalog.unscanned():
         batch.append(entry)
         if len(batch) == SCAN_BATCH:

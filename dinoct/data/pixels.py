@@ -146,13 +146,20 @@ def _check_bits(words: np.ndarray, header: SliceHeader) -> None:
         raise Refused("pixel values do not fit BitsStored")
 
 
-def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+def hu_ends(stored: np.ndarray, slope: float, intercept: float) -> tuple[int, int]:
+    """Return the smallest and the largest HU of a slice, from its stored values: the rescale keeps their order."""
+    low, high = (round(int(end) * slope + intercept) for end in (stored.min(), stored.max()))
+    return low, high
+
+
+def to_hu(stored: np.ndarray, slope: float, intercept: float, ends: tuple[int, int] | None = None) -> np.ndarray:
     """Return HU = stored x slope + intercept (PS3.3 C.11.1), rounded: int16 where it fits, else int32 [rows, cols].
 
-    MONOCHROME1 turns the display around and not the values, so it plays no part here.
+    `ends` are `hu_ends` of the same values, where they are known already. MONOCHROME1 turns the display around and not
+    the values, so it plays no part here.
     """
-    ends = [int(end) * slope + intercept for end in (stored.min(), stored.max())]
-    fits = min(ends) >= -32_768 and max(ends) <= 32_767
+    low, high = ends or hu_ends(stored, slope, intercept)
+    fits = low >= -32_768 and high <= 32_767
     if slope == 1 and intercept == int(intercept):
         if fits:  # wraps around inside the sum and back again: right modulo 2^16, and the result is known to fit
             return np.add(stored.view(np.int16), np.int16(((int(intercept) + 32_768) & 0xFFFF) - 32_768))
@@ -161,23 +168,33 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 
 
 def finish_hu(
-    hu: np.ndarray, stored: np.ndarray, padding: tuple[int, int] | None, *, hu_min: int = HU_MIN, hu_max: int = HU_MAX
+    hu: np.ndarray,
+    stored: np.ndarray,
+    padding: tuple[int, int] | None,
+    *,
+    hu_min: int = HU_MIN,
+    hu_max: int = HU_MAX,
+    ends: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Map padding to air (`hu_min`), clip to [hu_min, hu_max]: int16 [rows, cols]. Refuses a slice without an image.
 
-    Padding is an inclusive range of stored values. No CT image: a constant one, or values that cannot be HU (more than
-    half of them above bone, or hardly any between air and bone).
+    Padding is an inclusive range of stored values; `ends` are the smallest and the largest of `hu`, where known. No CT
+    image: a constant one, or values that cannot be HU (more than half of them above bone, or hardly any between air and
+    bone). What is in range already comes back as it is, not copied.
     """
-    low, high = int(hu.min()), int(hu.max())
+    low, high = ends or (int(hu.min()), int(hu.max()))
     if low == high:
         raise Refused("constant slice")
     if high > HU_MAX or low < _BELOW_AIR:
         above, below = np.count_nonzero(hu > HU_MAX), np.count_nonzero(hu < _BELOW_AIR)
         if above > hu.size / 2 or hu.size - above - below < hu.size / 100:
             raise Refused("values cannot be HU")
-    result = np.clip(hu, hu_min, hu_max).astype(np.int16, copy=False)
+    inside = hu_min <= low and high <= hu_max and hu.dtype == np.int16
+    result = hu if inside else np.clip(hu, hu_min, hu_max).astype(np.int16, copy=False)
     if padding is not None:
-        np.putmask(result, (stored >= padding[0]) & (stored <= padding[1]), hu_min)
-    if result.min() == result.max():
+        padded = (stored >= padding[0]) & (stored <= padding[1])
+        if padded.any():
+            result = np.where(padded, np.int16(hu_min), result)
+    if result is not hu and result.min() == result.max():
         raise Refused("constant slice")
     return result

@@ -50,14 +50,22 @@ class ViewSpec:
     blur: float = 0.0
     noise: float = 0.0
     min_body: float = 0.0
+    side_mm: tuple[float, float] | None = None  # takes the place of `scale`
 
 
-def sample_view(rng: np.random.Generator, spec: ViewSpec, hu: np.ndarray) -> View:
-    """Draw a view of the slice ``[H, W]``. A crop with too little body is drawn again, 10 times at most."""
+def sample_view(rng: np.random.Generator, spec: ViewSpec, hu: np.ndarray, mm_per_pixel: float = 1.0) -> View:
+    """Draw a view of the slice ``[H, W]``. A crop with too little body is drawn again, 10 times at most.
+
+    The field of view is a fingerprint of the scanner's protocol: with `side_mm` a crop has the same size in the body,
+    whatever the pixel spacing, as far as the slice reaches.
+    """
+    scale = spec.scale
+    if spec.side_mm is not None:
+        scale = tuple(min(1.0, (side / mm_per_pixel) ** 2 / hu.size) for side in spec.side_mm)
     body = hu[::8, ::8] > BODY_HU if spec.min_body else None
     best, best_body = None, -1.0
     for _ in range(CROP_TRIES if spec.min_body else 1):
-        box = sample_box(rng, hu.shape, spec.scale, spec.ratio)
+        box = sample_box(rng, hu.shape, scale, spec.ratio)
         share = _body_share(body, box) if body is not None else 1.0
         if share > best_body:
             best, best_body = box, share
@@ -180,29 +188,33 @@ class ViewMaker:
             noise=aug.noise,
             min_body=aug.min_body,
         )
-        self.global_spec = spec(size=model.img_size, scale=tuple(aug.global_scale))
-        self.local_spec = spec(size=aug.local_size or local_crop_size(model.patch), scale=tuple(aug.local_scale))
+        self.global_spec = spec(size=model.img_size, scale=tuple(aug.global_scale), side_mm=_pair(aug.global_mm))
+        self.local_spec = spec(
+            size=aug.local_size or local_crop_size(model.patch),
+            scale=tuple(aug.local_scale),
+            side_mm=_pair(aug.local_mm),
+        )
         self.global_crops, self.local_crops = aug.global_crops, aug.local_crops
         self.grid = model.img_size // model.patch
         self.ibot = ibot
 
-    def __call__(self, hu: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Views of a slice ``[H, W]`` in HU.
+    def __call__(self, hu: np.ndarray, rng: np.random.Generator, mm_per_pixel: float = 1.0) -> dict[str, np.ndarray]:
+        """Views of a slice ``[H, W]`` in HU with square pixels of `mm_per_pixel`.
 
         Returns:
             ``global`` ``[Vg, S, S]`` and ``local`` ``[Vl, s, s]`` float32 in [0, 1], ``masks`` ``[Vg, P]`` booleans.
         """
         return {
-            "global": self._crops(hu, rng, self.global_spec, self.global_crops),
-            "local": self._crops(hu, rng, self.local_spec, self.local_crops),
+            "global": self._crops(hu, rng, self.global_spec, self.global_crops, mm_per_pixel),
+            "local": self._crops(hu, rng, self.local_spec, self.local_crops, mm_per_pixel),
             "masks": self._masks(rng),
         }
 
     @staticmethod
-    def _crops(hu: np.ndarray, rng: np.random.Generator, spec: ViewSpec, count: int) -> np.ndarray:
+    def _crops(hu: np.ndarray, rng: np.random.Generator, spec: ViewSpec, count: int, mm: float) -> np.ndarray:
         out = np.empty((count, spec.size, spec.size), dtype=np.float32)
         for i in range(count):
-            out[i] = render_view(hu, sample_view(rng, spec, hu), spec.size)
+            out[i] = render_view(hu, sample_view(rng, spec, hu, mm), spec.size)
         return out
 
     def _masks(self, rng: np.random.Generator) -> np.ndarray:
@@ -212,6 +224,10 @@ class ViewMaker:
                 if rng.random() < self.ibot.mask_probability:
                     masks[i] = block_mask(rng, self.grid, rng.uniform(*self.ibot.mask_ratio)).ravel()
         return masks
+
+
+def _pair(values: list[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def probe_spec(probe: ProbeConfig, size: int) -> ViewSpec:

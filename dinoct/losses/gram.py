@@ -4,8 +4,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def gram_loss_per_image(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the two matrices of cosine similarities between patches.
+def gram_loss_per_patch(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the two matrices of cosine similarities between patches, row by row.
 
     The matrices are per image, ``P x P``: over a whole batch they would take B times the memory and compare patches
     of different patients.
@@ -14,7 +14,7 @@ def gram_loss_per_image(student: Tensor, teacher: Tensor) -> Tensor:
         student: patch tokens ``[B, P, D]`` after the final norm.
         teacher: patch tokens ``[B, P, D']`` of the same crops, no gradient; D' may differ.
     Returns:
-        ``[B]``, float32; 0 where both have the same similarities.
+        ``[B, P]``, float32: for each patch, over its similarities to all patches; 0 where they are the same.
     Raises:
         ValueError: if the two sides have different numbers of images or patches.
     """
@@ -23,9 +23,9 @@ def gram_loss_per_image(student: Tensor, teacher: Tensor) -> Tensor:
     s = F.normalize(student.float(), dim=-1)
     t = F.normalize(teacher.float(), dim=-1)
     difference = s @ s.transpose(1, 2) - t @ t.transpose(1, 2)  # [B, P, P]
-    return difference.square().mean(dim=(1, 2))
+    return difference.square().mean(dim=2)
 
 
 def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of `gram_loss_per_image` over the batch: a scalar."""
-    return gram_loss_per_image(student, teacher).mean()
+    """Mean of `gram_loss_per_patch` over patches and images: a scalar."""
+    return gram_loss_per_patch(student, teacher).mean()

@@ -103,6 +103,7 @@ class SelfDistillation(nn.Module):
     ) -> LossTerms:
         """The terms from the student's class tokens ``[Vg * B, D]``, patch tokens, and prototype scores."""
         cfg, n_slices = self.cfg, len(batch.groups)
+        gram = losses.gram_loss_per_patch(patches, teacher.gram_patches)  # [Vg * B, P]
         terms = {
             "dino": losses.cross_entropy_pairs(
                 student_logits=logits,
@@ -110,7 +111,7 @@ class SelfDistillation(nn.Module):
                 student_temperature=cfg.dino.student_temperature,
             ),
             "koleo": sum(losses.koleo_loss(view, groups=batch.groups) for view in cls.split(n_slices)),
-            "gram": losses.gram_loss_per_image(patches, teacher.gram_patches).mean(),
+            "gram": gram.mean(),
         }
         if masked is not None:
             terms["ibot"] = losses.masked_cross_entropy(
@@ -126,7 +127,7 @@ class SelfDistillation(nn.Module):
         scalars = {f"loss/{name}": value.detach() for name, value in terms.items()} | {"loss/total": total.detach()}
         with torch.no_grad():
             scalars |= distribution_gauges(logits, teacher.probs, terms["dino"], cfg.dino.student_temperature)
-            scalars |= feature_gauges(teacher.cls)
+            scalars |= feature_gauges(teacher.cls) | gram_gauges(gram, batch.masks)
         return LossTerms(total, terms["gram"], scalars)
 
     @torch.no_grad()
@@ -172,6 +173,10 @@ class SelfDistillation(nn.Module):
             count.zero_()
         self._renew_gram_teacher(step, horizon, momentum)
 
+    def gram_teacher_age(self, step: int) -> Tensor | float:
+        """Updates since the Gram teacher was taken; the EMA teacher is always of now."""
+        return 0.0 if self.gram_teacher is None else (step - self.gram_taken_at).float()
+
     def discard_update(self) -> None:
         """Forget the sums of an update that did not happen."""
         for name in ("dino", "ibot"):
@@ -215,6 +220,17 @@ def distribution_gauges(
         "Train/Entropy_Student": entropy(student_probs).mean(),
         "Train/Entropy_Marginal": entropy(teacher_probs.mean(dim=0)),
         "Train/KL": cross_entropy.detach() - teacher_entropy,
+    }
+
+
+def gram_gauges(per_patch: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
+    """Gram loss on masked and on seen patches; without masks there is nothing to tell apart."""
+    if masks is None:
+        return {}
+    masked = masks.float()  # [Vg * B, P]
+    return {
+        "Train/gram_masked": (per_patch * masked).sum() / masked.sum().clamp_min(1),
+        "Train/gram_seen": (per_patch * (1 - masked)).sum() / (1 - masked).sum().clamp_min(1),
     }
 
 

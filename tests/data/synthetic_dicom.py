@@ -10,6 +10,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from dinoct.data import jobs
+from dinoct.data.files import FileRef
 
 AXIAL = [1, 0, 0, 0, 1, 0]
 STUDY, SERIES = generate_uid(entropy_srcs=["study"]), generate_uid(entropy_srcs=["series"])
@@ -122,13 +123,13 @@ def misbehave(path: str) -> None:
         bytearray(2**30)
 
 
-def scan_misbehaving(paths: list[str], step: jobs.StepHook) -> list:
+def scan_misbehaving(files: list[FileRef], step: jobs.StepHook) -> list:
     def hook(i: int) -> None:
         step(i)
         if i >= 0:
-            misbehave(paths[i])
+            misbehave(files[i].path)
 
-    return jobs.scan_files(paths, hook)
+    return jobs.scan_files(files, hook)
 
 
 def write_misbehaving(job: jobs.SeriesJob, step: jobs.StepHook) -> jobs.SeriesResult:

@@ -4,11 +4,13 @@ import csv
 import stat
 
 import pytest
-from synthetic_dicom import dataset, save, write_slice
+from synthetic_dicom import body, dataset, save, write_slice
 
+from dinoct.config import TrackerConfig
 from dinoct.data.pipeline import PrepareError, PrepareOptions, explain, prepare_dataset
 from dinoct.data.privacy import Hasher, csv_cell, load_or_create_salt, write_salt
 from dinoct.errors import DinoctError
+from dinoct.tracking import JsonLines, Tracker, Wandb
 
 CANARY = "Zq7Canary"
 
@@ -122,3 +124,47 @@ def test_a_manufacturer_that_is_a_formula_is_disarmed_in_the_tables(tmp_path):
             for row in csv.DictReader(handle):
                 assert row["manufacturer"] == "'=HYPERLINK(1)"
                 assert row["kernel"] == "'-B30"
+
+
+def everything(root):
+    return b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
+
+
+def test_header_values_enter_not_even_the_private_folder(tmp_path):
+    for i in range(2):
+        names = {"PatientName": CANARY, "PatientBirthDate": "19630412", "InstitutionName": CANARY, "StudyID": CANARY}
+        uids = {"StudyInstanceUID": "1.2.826.0.1.9999.1", "SeriesInstanceUID": "1.2.826.0.1.9999.2"}
+        write_slice(tmp_path / "in" / str(i), PatientID=f"{CANARY}{i}", SOPInstanceUID="1.2.9999.7", **names, **uids)
+    prepare_dataset([tmp_path / "in"], tmp_path / "root", PrepareOptions(0))
+    for needle in (CANARY, "19630412", "1.2.826.0.1.9999", "1.2.9999"):
+        assert needle.encode() not in everything(tmp_path / "root"), needle
+
+
+def test_a_deleted_patient_leaves_nothing_in_the_data_set(tmp_path):
+    source, root = tmp_path / "in", tmp_path / "root"
+    for patient in "ABC":
+        write_slice(source / f"folder_of_{patient}" / "slice", body(ord(patient)), PatientID=patient)
+    report = prepare_dataset([source], root, PrepareOptions(0))
+    key = Hasher(load_or_create_salt(root)).patient("C")
+    series = explain(root, key)["series"]
+    assert key.encode() in report.split_manifest.read_bytes()
+    (source / "folder_of_C" / "slice").unlink()
+    prepare_dataset([source], root, PrepareOptions(0))
+    for needle in (key, *series, "folder_of_C"):
+        assert needle.encode() not in everything(root), needle
+        assert not [path for path in root.rglob("*") if needle in path.name]
+
+
+def test_pictures_of_slices_stay_here_unless_asked_for(tmp_path):
+    class Service(Wandb):
+        def __init__(self, asked):
+            self.wants_images, self.sent = asked, []
+
+        def images(self, step, pictures):
+            self.sent.append(step)
+
+    assert (TrackerConfig().images, TrackerConfig().wandb) == (False, "offline")
+    for asked in (False, True):
+        service = Service(asked)
+        Tracker(JsonLines(tmp_path / "metrics.jsonl"), [service]).images(1, {"input": tmp_path / "input.png"})
+        assert service.sent == [1] * asked

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from dinoct.data.index import COLUMNS, SliceIndex, write_csv
+from dinoct.data.phantom import PhantomSpec, write_phantom
+from dinoct.data.pipeline import PrepareOptions, prepare_dataset
 from dinoct.data.splits import SplitManifest, make_split, split_file_name
 from dinoct.errors import DinoctError
 
@@ -178,3 +180,23 @@ def test_an_index_the_size_of_lidc_is_small_and_quick(tmp_path):
     assert slices == 244_000
     assert seconds < 4  # 1.4 s on an idle core
     assert megabytes < 200
+
+
+def test_fifty_phantom_patients_stay_on_their_side_when_ten_join(tmp_path):
+    write_phantom(tmp_path / "in", PhantomSpec(patients=60, slices=1, size=32))
+    (tmp_path / "later").mkdir()
+    for folder in sorted((tmp_path / "in").iterdir())[50:]:
+        folder.rename(tmp_path / "later" / folder.name)
+    sides, counts = [], []
+    for sources in ([tmp_path / "in"], [tmp_path / "in", tmp_path / "later"]):
+        report = prepare_dataset(sources, tmp_path / "root", PrepareOptions(0))
+        index, manifest = SliceIndex.load(report.index_csv), SplitManifest.load(report.split_manifest)
+        train, val = manifest.masks(index)
+        assert set(index.patient[train]).isdisjoint(index.patient[val])
+        assert train.sum() + val.sum() == len(index)
+        counts.append((len(manifest.train | manifest.val), len(index.series_names)))
+        sides.append(manifest)
+    assert counts == [(50, 63), (60, 75)]  # every fourth has two series
+    assert sides[0].train <= sides[1].train
+    assert sides[0].val <= sides[1].val
+    assert sides[0].val
