@@ -129,6 +129,7 @@ class Engine:
                     self._rescue(error)
                 log.debug("ended by the signal", exc_info=True)
                 restore_rng(self._rng())
+            batches = None  # end the loader: a worker that dies from here on must not interrupt the save
             self._settle()
             self._flush()
             if self._saved is None or checkpoints.step_of(self._saved) != self.step:

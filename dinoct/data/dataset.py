@@ -16,6 +16,8 @@ from dinoct.data.views import ViewMaker, letterbox
 from dinoct.errors import ConfigError
 from dinoct.models.ssl import CropBatch
 
+WORKER_GRACE_S = 60  # a loader worker lives on behind a SIGTERM, so that the parent can finish its step
+
 # A preset names workers for its own machine; what was chosen is printed, and torch need not say it again.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
 
@@ -169,10 +171,11 @@ def _start_worker(_: int) -> None:
 
     import cv2
 
-    # Ctrl+C and a hang-up reach every process of the terminal; the parent alone decides when to stop. SIGTERM ends a
-    # worker: torch ends its stragglers with it.
+    # Ctrl+C, a hang-up and Slurm's SIGTERM reach every process of a group; the parent alone decides when to stop, and a
+    # worker that died first would end its step. torch ends stragglers by SIGTERM, so it does end a worker, later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

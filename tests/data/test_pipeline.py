@@ -400,7 +400,11 @@ def start(tmp_path, source, root):
     script = tmp_path / "run.py"
     script.write_text(KILLED)
     process = subprocess.Popen(
-        [sys.executable, script, source, root], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, script, source, root],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stdout.readline() == "started\n"
     return process
