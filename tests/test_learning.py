@@ -1,0 +1,50 @@
+"""Does training teach? Budgeted in updates, judged by `dinoct-eval` on patients that training never saw.
+
+The figure is the mean percentile rank over that of the untrained start. Five seeds each, on a 2-core x86-64 CPU:
+spatial_strong .44 .47 .49 .49 .51, intensity_only .83 .94 .95 1.01 1.10. top1 of 32 slices is too coarse to assert.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import run
+
+MARGIN = 0.67
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    """12 invented patients, 16 slices a series: a third of them held out."""
+    root = tmp_path_factory.mktemp("learning") / "data"
+    sizes = ["phantom.patients=12", "phantom.slices=16", "phantom.size=128", "split.val_fraction=0.34"]
+    assert run("prepare", "source=phantom", f"data.root={root}", "prepare.workers=1", *sizes) == 0
+    return root
+
+
+def learn(patients: Path, folder: Path, *overrides: str) -> dict:
+    """Train 350 updates and judge: the report."""
+    common = ["experiment=demo", f"data.root={patients}", f"run_dir={folder}", "train.max_steps=350", "ckpt.every=350"]
+    quiet = ["tracker.wandb=disabled", "tracker.tensorboard=false", "hardware=cpu", "hardware.num_workers=1"]
+    assert run("train", *common, *quiet, *overrides) == 0
+    assert run("eval", f"checkpoint={folder}/checkpoint_00000350.pth", "hardware=cpu", "hardware.num_workers=0") in (
+        0,
+        2,
+    )
+    (path,) = folder.glob("view_retrieval_*.json")
+    return json.loads(path.read_text())
+
+
+def rank_over_untrained(report: dict) -> float:
+    return report["mean_percentile_rank"] / report["baselines"]["random_init"]["mean_percentile_rank"]
+
+
+def test_the_default_views_teach(patients, tmp_path):
+    report = learn(patients, tmp_path / "run")
+    assert rank_over_untrained(report) < MARGIN
+    assert report["checks"]["rank"]["passed"]
+    assert report["checks"]["collapse"]["passed"]
+
+
+def test_intensity_alone_does_not_teach(patients, tmp_path):
+    assert rank_over_untrained(learn(patients, tmp_path / "run", "aug=intensity_only")) > MARGIN
