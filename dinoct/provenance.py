@@ -4,6 +4,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def data_manifest_hash(index_hash: str, train: frozenset[str], val: frozenset[st
     return digest.hexdigest()[:16]
 
 
+def driver_version() -> str | None:
+    """The card's kernel driver, where the system tells."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with suppress(OSError):
+            return Path(path).read_text(encoding="utf-8").splitlines()[0].strip()
+    return None
+
+
 def environment() -> dict[str, Any]:
     """Versions that a result can depend on."""
     return {
@@ -44,5 +53,6 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "hip": torch.version.hip,
+        "driver": driver_version(),
         "system": sys.platform,
     }

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from commands import TINY, losses, metrics, run, start
 from dinoct import checkpoint as checkpoints
 from dinoct.data.dataset import SliceViews
 from dinoct.engine import Engine
+from dinoct.faults import explain
 from dinoct.guard import FiniteGuard
 from dinoct.models.ssl import SelfDistillation
 
@@ -195,6 +197,64 @@ def test_out_of_memory_names_three_settings(phantom_root, workplace, capfd, monk
     assert "train.amp=true" in err
     assert "GB less" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB, where the test may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_and_is_freed_costs_nothing(phantom_root, workplace, whole, small_disk, capfd, monkeypatch):
+    """Full at step 10, freed at step 20: the saves between are missed, the run is the same."""
+    folder, update = small_disk / "run", Engine.update
+    saved = (whole / "checkpoint_00000040.pth").stat().st_size
+    assert 5 * saved < 8e6
+
+    def fill_and_free(self, batches):
+        if self.step == 10:
+            (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - saved // 2))
+        if self.step == 20:
+            (small_disk / "ballast").unlink()
+        return update(self, batches)
+
+    monkeypatch.setattr(Engine, "update", fill_and_free)
+    assert train(phantom_root, folder, "train.max_steps=40", "ckpt.every=5", "ckpt.keep_last=2") == 0
+    out = capfd.readouterr().out
+    assert "not saved at step 15, training goes on" in out
+    assert "free some space" in out
+    assert "saved checkpoint_00000025.pth" in out
+    assert_equals(folder, whole)
+
+
+def test_a_run_folder_that_is_read_only_is_one_line(phantom_root, workplace, small_disk, capfd):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert train(phantom_root, small_disk / "run", "train.max_steps=1") == 1
+    err = capfd.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "Read-only file system" in err
+    assert "run_dir=" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (OSError(5, "Input/output error"), "check data.root and run_dir"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "hardware.num_workers"),
+        (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "--shm-size"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+    ],
+)
+def test_what_the_machine_did_becomes_one_line_with_a_cure(error, says):
+    assert says in explain(error)
+    assert "\n" not in explain(error)
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_line(phantom_root, workplace, capfd):

@@ -76,7 +76,7 @@ def test_default_folder_is_outputs_runs_with_a_time_stamp(phantom_root, workplac
     time.strptime(folder.name[:15], "%Y%m%d_%H%M%S")
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 0), (2, 0), (0, 2)])
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (2, 0), (0, 1), (1, 4)])
 def test_a_resumed_run_equals_an_uninterrupted_one(phantom_root, workplace, first, second):
     """Drop path, every term and masks on; other numbers of workers before and after."""
     common = ["optim.horizon=9", "model.drop_path=0.3", "loss.ibot.weight=1", "aug.local_crops=2", "aug.local_size=16"]
