@@ -297,6 +297,8 @@ class Engine:
         record = last | dict(zip(tensors, fetched, strict=True))
         record |= self._clock.rates(step, self.samples_seen, self._waited)
         record["Train/ln_K"] = math.log(self.cfg.loss.out_dim)
+        if self.hardware.device.type == "cuda":
+            record["Train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.tracker.log(step, record)
         signs = self.anomalies.check_record(step, record)
         for sign in signs:
