@@ -180,6 +180,8 @@ def set_aside(folder: Path, *, after: int) -> list[Path]:
     for path in list_checkpoints(folder):
         if step_of(path) > after:
             target = path.with_name(f"abandoned_{step_of(path):08d}.pth")
+            while target.exists():  # of an earlier turn back
+                target = target.with_name(f"{target.stem}x.pth")
             os.replace(path, target)
             path.with_name(f"checkpoint_final_{step_of(path):08d}.pth").unlink(missing_ok=True)
             moved.append(target)

@@ -2,14 +2,22 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _SteadyConsole(Console):
+    """A console that may vanish (a closed terminal, a dead pipe) without taking the run along."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+console = _SteadyConsole(highlight=False, soft_wrap=True)
 log = logging.getLogger("dinoct")
 
 
@@ -21,7 +29,15 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = self.STYLES.get(record.levelno)
         prefix = f"{record.levelname}: " if style else ""
-        console.print(prefix + record.getMessage(), style=style, markup=False)
+        with suppress(OSError):
+            console.print(prefix + record.getMessage(), style=style, markup=False)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk cannot turn into tracebacks on the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 @contextmanager
@@ -29,7 +45,7 @@ def run_log(path: Path | None = None) -> Iterator[logging.Logger]:
     """Log to the console, and to the file `path` with times, until the block ends."""
     handlers: list[logging.Handler] = [_ConsoleHandler(level=logging.INFO)]
     if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
     log.setLevel(logging.DEBUG)
@@ -41,7 +57,8 @@ def run_log(path: Path | None = None) -> Iterator[logging.Logger]:
     finally:
         for handler in handlers:
             log.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
 
 
 def progress(unit: str) -> Progress:

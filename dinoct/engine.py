@@ -233,10 +233,14 @@ class Engine:
         self.step, self.samples_seen, self._note = note.step, note.samples_seen, note
         what = [name for name, value in note.losses.items() if not torch.isfinite(value)]
         path = self.saver.emergency(self.state_dict() | {"rng": note.rng}, self._meta(emergency=True))
-        raise NonFiniteError(
+        message = (
             f"step {self.step + 1}: {', '.join(what) or 'the gradient'} is not finite; training stopped before the "
-            f"weights moved, the state of step {self.step} is in {path}: look at the step again with "
-            f"dinoct-train replay={path}. Usual cures: a lower optim.lr or optim.clip"
+        )
+        if path is None:
+            raise NonFiniteError(f"{message}weights moved, and the state of step {self.step} could not be saved")
+        raise NonFiniteError(
+            f"{message}weights moved, the state of step {self.step} is in {path}: look at the step again with "
+            f"dinoct-train replay={path}, go on from it with resume={path} and a lower optim.lr or optim.clip"
         )
 
     def _rng(self) -> dict[str, Any]:
@@ -246,6 +250,7 @@ class Engine:
     def _rescue(self, error: Exception) -> None:
         """Save the last finished step, if the memory still holds it, and say what happened."""
         log.debug("traceback", exc_info=error)
+        self._settle()  # a step that was not finite is what went wrong first
         if is_out_of_memory(error):
             count = parameter_count(self.model.student)
             message = advice(self.cfg, self.hardware, parameters=count)

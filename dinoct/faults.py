@@ -11,16 +11,18 @@ def explain(error: BaseException) -> str:
     """One line for an exception of the training loop."""
     text = " ".join(str(error).split())
     name = type(error).__name__
-    if (
-        "Caught" in text and "DataLoader worker" in text
-    ):  # the worker's own traceback comes along: its last line says it
-        return "loading failed: " + str(error).strip().splitlines()[-1].removeprefix("dinoct.errors.DinoctError: ")
-    if isinstance(error, DinoctError):
+    if "Caught" in text and "DataLoader worker" in text:  # the worker's traceback comes along: its last line says it
+        text = str(error).strip().splitlines()[-1]
+        if "DinoctError: " in text:
+            return "loading failed: " + text.split("DinoctError: ", 1)[1]
+        name = "loading failed"
+    elif isinstance(error, DinoctError):
         return text
     if "Too many open files" in text or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         return "too many open files: raise the limit (ulimit -n 65536) or lower hardware.num_workers"
-    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN):
-        return f"the disk is gone or failing ({error.strerror}): check data.root and run_dir"
+    gone = [errno.EIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN]
+    if getattr(error, "errno", None) in gone or any(f"[Errno {number}]" in text for number in gone):
+        return f"the disk is gone or failing ({text[:120]}): check data.root and run_dir"
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return f"a loader worker died ({text[:160]}): out of memory? lower hardware.num_workers or train.batch_size"
     if "bus error" in text.lower() or "shared memory" in text.lower():

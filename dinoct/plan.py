@@ -54,19 +54,21 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
                 "run_dir cannot be given in a sweep: its runs would share the folder; use hydra.sweep.dir"
             )
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
-        if cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
-            cfg.eval.every = cfg.train.max_steps
     typed = frozenset(override.lstrip("+").split("=", 1)[0] for override in hydra.overrides.task)
     plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=typed)
     if cfg.replay is not None:
         cfg.resume = cfg.replay
     if cfg.resume is None:
         validate(cfg)
-        return plan
-    return _resumed(plan, composed, overrides=list(hydra.overrides.task))
+    else:
+        _resumed(plan, composed, overrides=list(hydra.overrides.task))
+    if sweep and plan.cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
+        plan.cfg.eval.every = plan.cfg.train.max_steps
+    return plan
 
 
-def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> RunPlan:
+def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> None:
+    """Fill the plan of a run that goes on from a checkpoint."""
     from pathlib import Path
 
     from dinoct import resume
@@ -87,4 +89,3 @@ def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> Ru
     plan.choices = checkpoint.meta["choices"] | {"hardware": plan.choices["hardware"]}
     plan.checkpoint = checkpoint
     plan.run_dir = str(Path(plan.run_dir or checkpoint.path.parent).absolute())
-    return plan

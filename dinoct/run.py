@@ -156,7 +156,9 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         cfg.tracker,
         folder.path,
         run_id=meta["run_id"],
-        config=meta["config"] | {k: meta[k] for k in ("git_commit", "data_manifest_hash", "environment", "hardware")},
+        config=meta["config"]
+        | {k: meta[k] for k in ("git_commit", "data_manifest_hash", "environment")}
+        | {"machine": meta["hardware"]},
         resume_step=checkpoint.step if plan.resumes_in_place else 0,
     )
     try:
@@ -177,11 +179,18 @@ def _check_before(
     leaked = held_out & frozenset(meta["train_patients"])
     if leaked:
         log.warning("%d held-out patients were trained on before the resume: dinoct-eval will refuse", len(leaked))
+    if checkpoint is not None and (plan.cfg.train.max_steps or 0) > parts.horizon:
+        log.warning(
+            "the schedules end at step %d: behind it the learning rate is optim.min_lr and the teacher stands still; "
+            "optim.horizon=%d stretches them",
+            parts.horizon,
+            plan.cfg.train.max_steps,
+        )
+    size = 2 * state_bytes(parts.model.state_dict())  # Adam's two moments are as large as student and teacher
+    check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
     if plan.resumes_in_place:
         for path in checkpoints.set_aside(folder.path, after=checkpoint.step):
             log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
-    size = 2 * state_bytes(parts.model.state_dict())  # Adam's two moments are as large as student and teacher
-    check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
 
 
 def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:

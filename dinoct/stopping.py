@@ -15,6 +15,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup: a hang-up is meant to do nothing
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -24,10 +24,22 @@ class JsonLines:
     def __init__(self, path: Path, *, resume_step: int = 0):
         if path.exists():
             rewind(path, resume_step)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  line by line, closed by close()
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  line by line, closed by close()
+        self.waiting: list[bytes] = []  # records that a full disk did not take
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step} | dict(scalars)) + "\n")
+        """Append a record; what the disk refuses is kept and tried again with the next one."""
+        self.waiting.append((json.dumps({"step": step} | dict(scalars)) + "\n").encode())
+        size = os.fstat(self.file.fileno()).st_size
+        data = b"".join(self.waiting)
+        try:
+            if self.file.write(data) < len(data):
+                raise OSError("a part of the records was written")
+            self.waiting.clear()
+        except OSError as error:
+            os.ftruncate(self.file.fileno(), size)
+            if len(self.waiting) == 1:
+                log.critical("metrics.jsonl cannot be written, records wait in memory: %s", error)
 
     def close(self) -> None:
         self.file.close()
@@ -81,7 +93,7 @@ class Wandb:
         )
         self.run = wandb.init(
             project=cfg.project,
-            dir=str(folder),
+            dir=str(folder.absolute()),  # its service may have another current directory
             id=run_id,
             resume="allow" if cfg.wandb == "online" else None,
             name=cfg.name or folder.name,
@@ -110,8 +122,8 @@ class Wandb:
 class Tracker:
     """Passes every record to all sinks.
 
-    metrics.jsonl is the record of the run: where it cannot be written, training stops. Another sink that fails, such as
-    a W&B service that died, is reported, dropped, and training goes on.
+    metrics.jsonl is the record of the run: what a full disk refuses waits in memory. Another sink that fails, such as a
+    W&B service that died, is reported, dropped, and training goes on.
     """
 
     def __init__(self, record: JsonLines | None, others: list[Sink]):

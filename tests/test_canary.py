@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 from commands import TINY, run
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
@@ -52,3 +53,17 @@ def test_no_name_is_in_any_file_outside_private(workplace, capfd, monkeypatch):
         assert found == [], needle
     commands = (workplace / "data" / "_private" / "commands.jsonl").read_text()
     assert f"{CANARY}_source" in commands  # the one place where it may stand
+
+
+@pytest.mark.parametrize(
+    "source", ["/data/DOE^JOHN (2)/x", "/data/Doe, John/CT", "/nowhere/Doe^John", "/data/" + "Doe" * 200]
+)
+def test_a_wrong_source_is_not_repeated(workplace, capfd, source):
+    """The path may hold a name, and a console is often a log."""
+    assert run("prepare", f"source={source}", "data.root=data") == 1
+    said = "".join(capfd.readouterr())
+    assert "source" in said
+    assert "Doe" not in said
+    assert "DOE" not in said
+    assert run("prepare", "-m", f"source={source}", "data.root=data") == 1
+    assert not (workplace / "outputs").exists()

@@ -247,6 +247,16 @@ def test_a_run_folder_that_is_read_only_is_one_line(phantom_root, workplace, sma
     [
         (OSError(24, "Too many open files"), "ulimit -n"),
         (OSError(5, "Input/output error"), "check data.root and run_dir"),
+        (
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nTraceback\nOSError: [Errno 24] Too many open files"
+            ),
+            "ulimit",
+        ),
+        (
+            OSError("Caught OSError in DataLoader worker process 0.\nTraceback\nOSError: [Errno 5] Input/output error"),
+            "data.root",
+        ),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "hardware.num_workers"),
         (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "--shm-size"),
         (ValueError("two\nlines"), "ValueError: two lines"),
@@ -338,6 +348,42 @@ def test_killed_four_times_ends_with_the_same_weights(phantom_root, workplace, w
 @pytest.mark.timeout(3600)
 def test_killed_fifty_times_ends_with_the_same_weights(phantom_root, workplace, whole):
     kill_and_restart(phantom_root, workplace, whole, kills=50, seed=1)
+
+
+def test_nohup_is_heeded(phantom_root, workplace):
+    """A hang-up does nothing to a run that was started to ignore it."""
+    command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=12"]
+    process = start("train", *command, cwd=workplace, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    try:
+        wait_for_step(process, workplace / "run", 2)
+        process.send_signal(signal.SIGHUP)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert len(losses(workplace / "run")) == 12
+
+
+def test_a_console_that_vanishes_does_not_end_the_run(phantom_root, workplace):
+    """`dinoct-train | head -1`: the pipe breaks, the run goes on."""
+    command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=12"]
+    process = start("train", *command, cwd=workplace)
+    try:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert (workplace / "run" / "checkpoint_final_00000012.pth").exists()
+
+
+def test_going_on_behind_the_schedules_is_said(phantom_root, workplace, capfd):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=2") == 0
+    assert run("train", f"resume={folder}", "train.max_steps=4", *HERE) == 0
+    assert "the schedules end at step 2" in capfd.readouterr().out
 
 
 def test_config_survives_and_names_every_resume(phantom_root, workplace, whole, capfd):

@@ -67,3 +67,30 @@ def test_wandb_offline_runs_read_back(logged):
     assert "sweep1" in texts[0]
     assert "demo" in texts[0]
     assert "Train/Entropy_Teacher" in texts[1]
+
+
+def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch):
+    """A refused write, or half a one, leaves no half line; the records come with the next one that fits."""
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    lines.log(1, {"a": 1.0})
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def write(self, data):
+            self.file.write(data[:7])
+            raise OSError(28, "No space left on device")
+
+    whole, lines.file = lines.file, Full(lines.file)
+    lines.log(2, {"a": 2.0})
+    lines.log(3, {"a": 3.0})
+    assert path.read_text().count("\n") == 1
+    lines.file = whole
+    lines.log(4, {"a": 4.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    lines.close()

@@ -58,9 +58,9 @@ def _sources(cfg: PrepareConfig, root: Path) -> list[Path]:
         raise ConfigError("source is needed: a folder, a zip or a tar of CT, a list of these, or source=phantom")
     if cfg.source == "phantom":
         return [_write_phantom(cfg.phantom, root, seed=cfg.seed)]
-    sources = [Path(item) for item in (cfg.source if isinstance(cfg.source, list) else [cfg.source])]
+    sources = [Path(str(item)) for item in (cfg.source if isinstance(cfg.source, list) else [cfg.source])]
     for number, source in enumerate(sources, 1):
-        if not source.exists():  # the path itself may hold a name: the number says which one
+        if not os.path.exists(source):  # the path itself may hold a name: the number says which one
             raise ConfigError(f"source: number {number} of {len(sources)} does not exist")
     return sources
 

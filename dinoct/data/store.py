@@ -159,6 +159,8 @@ class SliceStore:
         path = series_path(self.folder, series)
         if not path.is_file():
             raise DinoctError(f"series {series} is not in the store at {self.folder}: run dinoct-prepare again")
+        with open(path, "rb") as probe:  # too many open files, or a failing disk, is not a damaged series
+            probe.read(1)
         try:
             array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
             valid = array.ndim == 3 and array.dtype == np.int16

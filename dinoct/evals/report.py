@@ -39,6 +39,7 @@ def evaluate_checkpoint(cfg: EvalConfig) -> int:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
     checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
     hardware = resolve(cfg.hardware)
+    torch.set_num_threads(hardware.threads)
     train, val, store, _ = open_split(data_of(cfg.data, checkpoint))
     check_unseen(checkpoint, train, val)
     n = min(cfg.n, len(val))
@@ -126,6 +127,7 @@ def monitor_checkpoint(cfg: MonitorConfig) -> dict[str, Any]:
     """input.png, heatmap.png and stats.json beside the checkpoint, or into `out`."""
     checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
     hardware = resolve(cfg.hardware)
+    torch.set_num_threads(hardware.threads)
     _, val, store, _ = open_split(data_of(cfg.data, checkpoint))
     i = middle_slice(val)
     if cfg.slice_id is not None:

@@ -69,6 +69,8 @@ class SelfDistillation(nn.Module):
         self.teacher.requires_grad_(False).eval()
         self.gram_teacher = None if loss.gram.teacher == "ema" else copy.deepcopy(self.teacher.backbone)
         self.register_buffer("gram_taken_at", torch.zeros((), dtype=torch.int64))
+        self._taken_at: int | None = None  # the same for the host, which need not ask the device each step
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_taken_at", None))
         for name in ("dino", "ibot"):
             self.register_buffer(f"{name}_center", torch.zeros(loss.out_dim))
             self.register_buffer(f"{name}_center_sum", torch.zeros(loss.out_dim), persistent=False)
@@ -134,7 +136,8 @@ class SelfDistillation(nn.Module):
     def _teach(self, batch: CropBatch, temperature: float) -> "TeacherOutput":
         cls, patches = self.teacher.backbone(batch.global_crops)
         logits = self.teacher.dino_head(cls).float()  # [Vg * B, K]
-        gram_patches = patches if self.gram_teacher is None else self.gram_teacher(batch.global_crops)[1]
+        own = self.gram_teacher is None or (self.cfg.gram.teacher == "snapshot" and not self.taken_at())
+        gram_patches = patches if own else self.gram_teacher(batch.global_crops)[1]
         out = TeacherOutput(cls.float(), self._target("dino", logits, temperature), gram_patches)
         if self.teacher.ibot_head is not None and batch.masked is not None:
             masked = self.teacher.ibot_head(patches.flatten(0, 1)[batch.masked]).float()  # [M, K]
@@ -171,11 +174,12 @@ class SelfDistillation(nn.Module):
             center.lerp_(mean, 1.0 - self.cfg.dino.center_momentum)
             total.zero_()
             count.zero_()
-        self._renew_gram_teacher(step, horizon, momentum)
+        self._renew_gram_teacher(step, horizon, momentum, finite)
 
-    def gram_teacher_age(self, step: int) -> Tensor | float:
+    def gram_teacher_age(self, step: int) -> float:
         """Updates since the Gram teacher was taken; the EMA teacher is always of now."""
-        return 0.0 if self.gram_teacher is None else (step - self.gram_taken_at).float()
+        waiting = self.cfg.gram.teacher == "snapshot" and not self.taken_at()
+        return 0.0 if self.gram_teacher is None or waiting else float(step - self.taken_at())
 
     def discard_update(self) -> None:
         """Forget the sums of an update that did not happen."""
@@ -183,17 +187,25 @@ class SelfDistillation(nn.Module):
             getattr(self, f"{name}_center_sum").zero_()
             getattr(self, f"{name}_center_count").zero_()
 
-    def _renew_gram_teacher(self, step: int, horizon: int, momentum: float) -> None:
+    def _renew_gram_teacher(self, step: int, horizon: int, momentum: float, finite: Tensor | None) -> None:
+        """Take a new copy when it is due. Only then the host waits for a verdict that is still on the device."""
         if self.gram_teacher is None:
             return
-        gram = self.cfg.gram
+        gram, taken = self.cfg.gram, self.taken_at()
         if gram.teacher == "lagged":  # never younger than the EMA's own memory
-            due = step - int(self.gram_taken_at) >= max(gram.lag * step, 1.0 / max(1.0 - momentum, 1e-4))
-        else:
-            due = step <= round(gram.snapshot_at * horizon)
-        if due:
+            due = step - taken >= max(gram.lag * step, 1.0 / max(1.0 - momentum, 1e-4))
+        else:  # until then the EMA teacher stands in
+            due = not taken and step >= gram.snapshot_at * horizon
+        if due and (finite is None or bool(finite)):
             self.gram_teacher.load_state_dict(self.teacher.backbone.state_dict())
             self.gram_taken_at.fill_(step)
+            self._taken_at = step
+
+    def taken_at(self) -> int:
+        """The step at which the Gram teacher was taken, as the host knows it; 0: at the start."""
+        if self._taken_at is None:
+            self._taken_at = int(self.gram_taken_at)
+        return self._taken_at
 
 
 @dataclass
