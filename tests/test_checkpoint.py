@@ -131,3 +131,14 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
         save(path, STATE, {"step": 2})
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_format_1_is_migrated(tmp_path):
+    """What an earlier version wrote still loads, with what it lacks filled in."""
+    path = tmp_path / "checkpoint_00000001.pth"
+    torch.save({"meta": json.dumps({"format": 1, "step": 1}), "state": STATE}, path)
+    found = load(path)
+    assert found.meta["format"] == 2
+    assert found.meta["anomalies"]["losses"] == []
+    assert found.meta["train_patients"] == []
+    assert set(checkpoints.MIGRATIONS) == set(range(1, checkpoints.FORMAT))

@@ -313,3 +313,21 @@ def test_eval_refuses_patients_that_were_trained_on(phantom_root, workplace, cap
     typed = [f"checkpoint={folder}/checkpoint_00000001.pth", "data.split_manifest=swapped.json", "hardware=cpu"]
     assert run("eval", *typed) == 1
     assert "validation patients were trained on" in capfd.readouterr().err
+
+
+def test_a_run_from_another_makers_card_says_so_and_takes_this_machines_settings(phantom_root, workplace, capfd):
+    """A checkpoint as a card would have left it: other platform, its own generator's state, other workers."""
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=2", "optim.horizon=4") == 0
+    found = checkpoints.load(folder / "checkpoint_00000002.pth")
+    found.meta["hardware"] |= {"platform": "cuda", "card": "NVIDIA GeForce RTX 4090", "num_workers": 8, "amp": "bf16"}
+    found.meta["config"]["hardware"] |= {"name": "cuda_4090", "device": "cuda", "num_workers": 8, "pin_memory": True}
+    found.state["rng"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    checkpoints.save(folder / "checkpoint_00000002.pth", found.state, found.meta)
+    capfd.readouterr()
+    assert run("train", f"resume={folder}", "train.max_steps=4", "hardware=cpu", "hardware.num_workers=0") == 0
+    assert "platform changed: cuda (NVIDIA GeForce RTX 4090) -> cpu" in capfd.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hardware"]["platform"], config["hardware"]["num_workers"]) == ("cpu", 0)
+    assert [event["hardware"]["platform"] for event in config["history"]] == ["cpu", "cpu"]
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
