@@ -146,7 +146,15 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    drop = ("full_key:", "object_type=", "Set the environment", "reference_type=", "Config search path", "Did you mean")
+    drop = (
+        "full_key:",
+        "object_type=",
+        "Set the environment",
+        "reference_type=",
+        "Config search path",
+        "Did you mean",
+        "provider=",
+    )
     return " ".join(line for line in lines if not line.startswith(drop))
 
 

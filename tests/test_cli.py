@@ -27,6 +27,7 @@ from commands import REPOSITORY, TINY, run
         (["--max-steps", "3"], ["--max-steps", "KEY=VALUE", "scripts/phase5_"]),
         (["train.max_steps=5", "-m", "optim.lr=1e-4,3e-4"], ["flags such as -m stand before them"]),
         (["experiment=phase5c"], ["experiment/phase5c", "phase5a"]),
+        (["aug=spatial"], ["Could not find 'aug/spatial'", "intensity_only multicrop spatial_strong\n"]),
         (["+optim.lrr=1"], ["there is no setting optim.lrr", "did you mean optim.lr"]),
         (["optim.lr=abc"], ["optim.lr=abc", "could not be converted to Float"]),
         (["loss.gram=null"], ["loss.gram=null", "not Optional"]),

@@ -15,11 +15,14 @@ import torch
 from commands import TINY, losses, metrics, run, start
 
 from dinoct import checkpoint as checkpoints
+from dinoct.config import CkptConfig
 from dinoct.data.dataset import SliceViews
 from dinoct.engine import Engine
 from dinoct.faults import explain
 from dinoct.guard import FiniteGuard
 from dinoct.models.ssl import SelfDistillation
+from dinoct.saving import Saver
+from dinoct.stopping import StopRequest
 
 HERE = ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
 
@@ -287,6 +290,35 @@ def wait_for_step(process, folder: Path, step: int) -> None:
     while not path.exists() or path.read_text().count("\n") < step:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+
+
+def test_the_second_ctrl_c_is_at_once():
+    """The first only asks; the second does not wait for the step."""
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.exit_status == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_save_that_does_not_verify_deletes_nothing(tmp_path, monkeypatch):
+    """The disk took the bytes and gives others back: the rotation must not trust them."""
+    saver = Saver(tmp_path, CkptConfig(keep_last=1))
+    for step in (1, 2):
+        good = saver.save({"w": torch.ones(64)}, {"step": step})
+    write = checkpoints.save
+
+    def rotten(path, state, meta):
+        size = write(path, state, meta)
+        path.write_bytes(path.read_bytes()[:-40])
+        return size
+
+    monkeypatch.setattr(checkpoints, "save", rotten)
+    assert saver.try_save({"w": torch.ones(64)}, {"step": 3}) is None
+    assert checkpoints.load(good).step == 2
+    found, warnings = checkpoints.find_latest([tmp_path])
+    assert found.step == 2
+    assert "checkpoint_00000003.pth" in warnings[0]
 
 
 @pytest.mark.parametrize(
