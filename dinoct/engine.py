@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from dinoct.anomaly import AnomalyDetector
 from dinoct.clock import Clock
 from dinoct.config import TrainConfig
 from dinoct.console import log, progress
-from dinoct.data.dataset import SliceViews, middle_slice, read_slice, train_loader
+from dinoct.data.dataset import SliceViews, train_loader
 from dinoct.data.index import SliceIndex
 from dinoct.errors import DinoctError
-from dinoct.evals.judge import judge
 from dinoct.faults import explain, is_out_of_memory
 from dinoct.guard import FiniteGuard, StepNote, skip_on_device
 from dinoct.hardware import Hardware
+from dinoct.looks import Looks
 from dinoct.memory import advice
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation
@@ -32,7 +32,6 @@ from dinoct.saving import Saver
 from dinoct.schedules import Schedules
 from dinoct.stopping import StopRequest
 from dinoct.tracking import Tracker
-from dinoct.viz import draw_monitor
 
 SIGNAL_GRACE_S = 0.5
 GRACE_STEPS = 50  # behind the warm-up, before an encoder that was never healthy counts as collapsed
@@ -75,8 +74,7 @@ class Engine:
         meta: dict[str, Any],
     ):
         self.cfg, self.model, self.optimizer, self.schedules = cfg, model, optimizer, schedules
-        self.hardware, self.train_data, self.val_index = hardware, train_data, val_index
-        self.run, self.tracker, self.meta = run, tracker, meta
+        self.hardware, self.train_data, self.tracker, self.meta = hardware, train_data, tracker, meta
         self.anomalies = AnomalyDetector(
             out_dim=cfg.loss.out_dim,
             slices=hardware.batch_size,
@@ -84,9 +82,9 @@ class Engine:
             grace=round(cfg.optim.warmup * schedules.horizon) + GRACE_STEPS,
         )
         self.saver = Saver(run.path, cfg.ckpt)
+        self.looks = Looks(cfg, hardware, val_index, train_data.store, run, tracker)
         self.step = 0
         self.samples_seen = 0
-        self.best_rank: float | None = None
         self._pending: list[tuple[int, Scalars]] = []
         self._saved: Path | None = None
         self.guard = FiniteGuard(hardware.device)
@@ -103,7 +101,7 @@ class Engine:
             NonFiniteError: on NaN or Inf, before the optimiser moves, with an emergency checkpoint written.
             TrainingError: on any other failure, with the state of the last finished step saved where that is possible.
         """
-        cfg = self.cfg
+        cfg, teacher = self.cfg, self.model.teacher.backbone
         self.model.train()
         self.model.teacher.eval()
         with StopRequest() as stop, progress("steps") as bar:
@@ -113,14 +111,14 @@ class Engine:
                 batches = self.stream()
                 while not self._finished() and not stop.requested:
                     scalars = self.update(batches)
-                    judged = self._aside(self.judge) if self._due(cfg.eval.every) else {}
+                    judged = self.looks.judge(teacher, self.step) if self._due(cfg.eval.every) else {}
                     self._report(scalars, judged)
                     bar.update(task, completed=self.step)
                     if self._due(cfg.ckpt.every) and not self._finished():
                         self._settle()
                         self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
                     if self._due(cfg.monitor.every):
-                        self._aside(self.draw)
+                        self.looks.draw(teacher, self.step)
             except NonFiniteError:
                 raise
             except Exception as error:
@@ -138,7 +136,7 @@ class Engine:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self._saved)
         else:
             log.info("done: step %d, %s", self.step, checkpoints.link_final(self._saved))
-        return Result(self.step, stop.exit_status, self.best_rank)
+        return Result(self.step, stop.exit_status, self.looks.best_rank)
 
     def update(self, batches: Iterator[CropBatch]) -> Scalars:
         """One optimiser update from `accumulation_steps` micro-batches; returns what the log may want of it."""
@@ -332,46 +330,3 @@ class Engine:
     def _meta(self, *, emergency: bool = False) -> dict[str, Any]:
         meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.anomalies.state()}
         return self.meta | meta | ({"positions": self._note.positions} if emergency else {})
-
-    def _aside(self, look: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Run something that only looks at the model: what goes wrong there is reported and training goes on."""
-        try:
-            return look()
-        except Exception as error:
-            log.warning("%s failed at step %d, training goes on: %s", look.__name__, self.step, error)
-            log.debug("traceback", exc_info=True)
-            return {}
-
-    def draw(self) -> dict[str, float]:
-        """input.png, heatmap.png and stats.json of the first validation series' middle slice, by the EMA teacher."""
-        out = self.run.path / "monitor" / f"step_{self.step:08d}"
-        draw_monitor(
-            self.model.teacher.backbone,
-            read_slice(self.val_index, self.train_data.store, middle_slice(self.val_index)),
-            window=self.cfg.aug.window,
-            size=self.cfg.model.img_size,
-            device=self.hardware.device,
-            out=out,
-            title=f"step {self.step}",
-        )
-        self.tracker.images(self.step, {f"Monitor/{name}": out / f"{name}.png" for name in ("input", "heatmap")})
-        return {}
-
-    def judge(self) -> dict[str, float]:
-        """View retrieval of the EMA teacher on a fixed small set of held-out slices."""
-        report = judge(
-            self.model.teacher.backbone,
-            self.cfg.model,
-            self.cfg.probe,
-            index=self.val_index,
-            store=self.train_data.store,
-            n=self.cfg.eval.n,
-            hardware=self.hardware,
-            baselines=False,
-        )
-        rank = report["mean_percentile_rank"]
-        self.best_rank = rank if self.best_rank is None else min(rank, self.best_rank)
-        log.info(
-            "step=%6d eval: top1=%.4f mean_percentile_rank=%.4f n=%d", self.step, report["top1"], rank, report["n"]
-        )
-        return {f"Eval/{name}": value for name, value in report.items() if isinstance(value, float)}

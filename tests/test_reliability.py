@@ -277,7 +277,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(phantom_root, workplace, c
 
 
 def test_a_look_that_fails_does_not_end_the_run(phantom_root, workplace, capfd, monkeypatch):
-    monkeypatch.setattr("dinoct.engine.draw_monitor", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("dinoct.looks.draw_monitor", lambda *_, **__: 1 / 0)
     assert train(phantom_root, workplace / "run", "train.max_steps=3", "monitor.every=1") == 0
     assert "draw failed at step 1, training goes on: division by zero" in capfd.readouterr().out
 

@@ -1,0 +1,78 @@
+"""Looking at a model while it trains: pictures and view retrieval of the EMA teacher. Nothing here changes the run."""
+
+from collections.abc import Callable
+
+from dinoct.config import TrainConfig
+from dinoct.console import log
+from dinoct.data.dataset import middle_slice, read_slice
+from dinoct.data.index import SliceIndex
+from dinoct.data.store import SliceStore
+from dinoct.evals.judge import judge
+from dinoct.hardware import Hardware
+from dinoct.models.backbone import Backbone
+from dinoct.rundir import RunFolder
+from dinoct.tracking import Tracker
+from dinoct.viz import draw_monitor
+
+
+class Looks:
+    """Looks at the held-out slices of a run; what goes wrong there is reported, and training goes on."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        hardware: Hardware,
+        index: SliceIndex,
+        store: SliceStore,
+        run: RunFolder,
+        tracker: Tracker,
+    ):
+        self.cfg, self.hardware, self.run, self.tracker = cfg, hardware, run, tracker
+        self.index, self.store = index, store
+        self.best_rank: float | None = None  # mean percentile rank, of this process
+
+    def draw(self, backbone: Backbone, step: int) -> None:
+        """input.png, heatmap.png and stats.json of the first series' middle slice."""
+        self._aside("draw", step, lambda: self._draw(backbone, step))
+
+    def judge(self, backbone: Backbone, step: int) -> dict[str, float]:
+        """View retrieval on a fixed small set of slices: ``Eval/...`` scalars, none where it failed."""
+        return self._aside("judge", step, lambda: self._judge(backbone, step)) or {}
+
+    @staticmethod
+    def _aside(name: str, step: int, look: Callable[[], dict[str, float] | None]) -> dict[str, float] | None:
+        try:
+            return look()
+        except Exception as error:
+            log.warning("%s failed at step %d, training goes on: %s", name, step, error)
+            log.debug("traceback", exc_info=True)
+            return None
+
+    def _draw(self, backbone: Backbone, step: int) -> None:
+        out = self.run.path / "monitor" / f"step_{step:08d}"
+        draw_monitor(
+            backbone,
+            read_slice(self.index, self.store, middle_slice(self.index)),
+            window=self.cfg.aug.window,
+            size=self.cfg.model.img_size,
+            device=self.hardware.device,
+            out=out,
+            title=f"step {step}",
+        )
+        self.tracker.images(step, {f"Monitor/{name}": out / f"{name}.png" for name in ("input", "heatmap")})
+
+    def _judge(self, backbone: Backbone, step: int) -> dict[str, float]:
+        report = judge(
+            backbone,
+            self.cfg.model,
+            self.cfg.probe,
+            index=self.index,
+            store=self.store,
+            n=self.cfg.eval.n,
+            hardware=self.hardware,
+            baselines=False,
+        )
+        rank = report["mean_percentile_rank"]
+        self.best_rank = rank if self.best_rank is None else min(rank, self.best_rank)
+        log.info("step=%6d eval: top1=%.4f mean_percentile_rank=%.4f n=%d", step, report["top1"], rank, report["n"])
+        return {f"Eval/{name}": value for name, value in report.items() if isinstance(value, float)}
