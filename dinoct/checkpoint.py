@@ -6,6 +6,7 @@ A run folder::
       config.json                      settings, hardware, provenance, history of resumes
       checkpoint_00000100.pth ...      the last ckpt.keep_last, plus every ckpt.keep_every steps
       checkpoint_final_00000384.pth    hard link to the last one of a finished run
+      checkpoint_best_00000200.pth     best mean percentile rank of the evaluations in training (eval.every)
       emergency_00000123.pth           the state when training went wrong: before a NaN, or at a sign of collapse
       abandoned_00000500.pth           later than the checkpoint that the run was resumed from
       metrics.jsonl train.log tb/ wandb/ monitor/step_00001000/
@@ -31,6 +32,7 @@ import torch
 from dinoct.errors import CheckpointError, DinoctError
 
 FORMAT = 2
+NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK)
 _NAME = re.compile(r"checkpoint_(\d{8})\.pth")
 
 
@@ -168,10 +170,15 @@ def link_final(path: Path) -> Path:
     try:
         os.link(path, final)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK):
+        if error.errno not in NO_HARD_LINKS:
             raise CheckpointError(f"cannot link {final}: {error.strerror}") from error
-        os.symlink(path.name, final)  # a file system without hard links
+        os.symlink(path.name, final)
     return final
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """``checkpoint_best_*.pth`` of a run folder; of two, which a kill may leave, the newer one."""
+    return max(folder.glob("checkpoint_best_*.pth"), default=None)
 
 
 def set_aside(folder: Path, *, after: int) -> list[Path]:
@@ -185,6 +192,11 @@ def set_aside(folder: Path, *, after: int) -> list[Path]:
             os.replace(path, target)
             path.with_name(f"checkpoint_final_{step_of(path):08d}.pth").unlink(missing_ok=True)
             moved.append(target)
+    best = best_checkpoint(folder)
+    if best is not None and int(best.stem.removeprefix("checkpoint_best_")) > after:
+        target = best.with_name(best.name.replace("checkpoint_", "abandoned_"))
+        os.replace(best, target)
+        moved.append(target)
     return moved
 
 

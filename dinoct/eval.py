@@ -11,9 +11,9 @@ from dinoct.errors import ConfigError
 
 
 def task(composed: DictConfig) -> Outcome:
-    from dinoct.evals.report import evaluate_checkpoint
+    from dinoct.evals.report import evaluate
 
-    return Outcome(evaluate_checkpoint(to_object(composed)))
+    return Outcome(evaluate(to_object(composed)))
 
 
 def refuse_model(arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from dinoct.config import HardwareConfig, StepsConfig
 from dinoct.errors import ConfigError
+from dinoct.validate import AUTO
 
 EFFECTIVE_BATCH = 256  # what the learning-rate presets are for
 
@@ -82,7 +83,8 @@ def keep_effective_batch(hardware: Hardware, effective: int) -> Hardware:
 
 
 def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardware:
-    """Fill every value that is null or auto.
+    """Fill every value that is null or auto. On a card ``train.batch_size=auto`` is the preset's until it was tried out
+    (`dinoct.batchsize`).
 
     Raises:
         ConfigError: if a device is asked for that is not there.
@@ -114,7 +116,11 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
     workers = min(limits[name], max(cores - 1, 0))
     batch = {"cuda": 64, "rocm": 128, "cpu": 32}[name]
     amp = name != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    batch_size = pick("batch_size", steps.batch_size, hardware.batch_size, "train", batch, f"recommended on {name}")
+    typed_batch = None if steps.batch_size == AUTO else steps.batch_size
+    batch_size = pick("batch_size", typed_batch, hardware.batch_size, "train", batch, f"recommended on {name}")
+    if steps.batch_size == AUTO and name == "cpu":
+        source = reasons["batch_size"].removeprefix("auto: ")
+        reasons["batch_size"] = f"auto: {source}; not tried out on the CPU, where too much swaps and does not fail"
     return Hardware(
         platform=name,
         device=torch.device("cpu" if name == "cpu" else "cuda"),

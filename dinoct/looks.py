@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 
+from dinoct.checkpoint import best_checkpoint
 from dinoct.config import TrainConfig
 from dinoct.console import log
-from dinoct.data.dataset import middle_slice, read_slice
+from dinoct.data.dataset import SliceViews, middle_slice, read_slice
 from dinoct.data.index import SliceIndex
-from dinoct.data.store import SliceStore
-from dinoct.evals.judge import judge
+from dinoct.evals.judge import ProbeData, judge
 from dinoct.hardware import Hardware
 from dinoct.models.backbone import Backbone
 from dinoct.rundir import RunFolder
 from dinoct.tracking import Tracker
-from dinoct.viz import draw_monitor
+from dinoct.viz import PICTURES, draw_monitor, draw_views, first_views, sample_slices, views_title
 
 
 class Looks:
@@ -23,20 +23,31 @@ class Looks:
         cfg: TrainConfig,
         hardware: Hardware,
         index: SliceIndex,
-        store: SliceStore,
+        train_data: SliceViews,
         run: RunFolder,
         tracker: Tracker,
     ):
         self.cfg, self.hardware, self.run, self.tracker = cfg, hardware, run, tracker
-        self.index, self.store = index, store
-        self.best_rank: float | None = None  # mean percentile rank, of this process
+        self.index, self.store, self.train_data = index, train_data.store, train_data
+        self.best_rank: float | None = None  # mean percentile rank
+        self.improved = False  # by the last evaluation
+
+    def start(self, step: int) -> None:
+        """monitor/views.png: what the model is about to learn from."""
+        if self.cfg.monitor.every is not None:
+            self._aside("draw", step, lambda: self._views(step))
+
+    def resume(self, best_rank: float | None) -> None:
+        """Go on from a checkpoint's best figure, if the encoder that had it is still in the folder."""
+        self.best_rank = best_rank if best_checkpoint(self.run.path) else None
 
     def draw(self, backbone: Backbone, step: int) -> None:
-        """input.png, heatmap.png and stats.json of the first series' middle slice."""
+        """The pictures and stats.json of the first series' middle slice (see `dinoct.viz`)."""
         self._aside("draw", step, lambda: self._draw(backbone, step))
 
     def judge(self, backbone: Backbone, step: int) -> dict[str, float]:
         """View retrieval on a fixed small set of slices: ``Eval/...`` scalars, none where it failed."""
+        self.improved = False
         return self._aside("judge", step, lambda: self._judge(backbone, step)) or {}
 
     @staticmethod
@@ -48,6 +59,11 @@ class Looks:
             log.debug("traceback", exc_info=True)
             return None
 
+    def _views(self, step: int) -> None:
+        path = self.run.path / "monitor" / "views.png"
+        draw_views(first_views(self.train_data), path, views_title(self.cfg.aug))
+        self.tracker.images(step, {"Monitor/views": path})
+
     def _draw(self, backbone: Backbone, step: int) -> None:
         out = self.run.path / "monitor" / f"step_{step:08d}"
         draw_monitor(
@@ -58,21 +74,22 @@ class Looks:
             device=self.hardware.device,
             out=out,
             title=f"step {step}",
+            sample=sample_slices(self.index, self.store),
         )
-        self.tracker.images(step, {f"Monitor/{name}": out / f"{name}.png" for name in ("input", "heatmap")})
+        self.tracker.images(step, {f"Monitor/{name}": out / f"{name}.png" for name in PICTURES})
 
     def _judge(self, backbone: Backbone, step: int) -> dict[str, float]:
         report = judge(
             backbone,
             self.cfg.model,
             self.cfg.probe,
-            index=self.index,
-            store=self.store,
+            ProbeData(self.index, self.store),
             n=self.cfg.eval.n,
             hardware=self.hardware,
             baselines=False,
         )
         rank = report["mean_percentile_rank"]
-        self.best_rank = rank if self.best_rank is None else min(rank, self.best_rank)
+        self.improved = self.best_rank is None or rank < self.best_rank
+        self.best_rank = rank if self.improved else self.best_rank
         log.info("step=%6d eval: top1=%.4f mean_percentile_rank=%.4f n=%d", step, report["top1"], rank, report["n"])
         return {f"Eval/{name}": value for name, value in report.items() if isinstance(value, float)}

@@ -1,6 +1,6 @@
 """Memory of a training step by formula: what the out-of-memory message advises from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dinoct.config import TrainConfig
 from dinoct.hardware import Hardware
@@ -45,16 +45,23 @@ def estimate(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> Memory
 
 
 def advice(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
-    """The three settings to change when memory is out, each with what it would give."""
-    from dataclasses import replace
-
+    """What to say when memory is out: what a step needs, and the settings to change."""
     now = estimate(cfg, hardware, parameters=parameters)
-    half = max(1, hardware.batch_size // 2)
-    smaller = estimate(cfg, replace(hardware, batch_size=half), parameters=parameters)
-    options = [
-        f"train.batch_size={half} train.accumulation_steps={hardware.accumulation_steps * 2} "
-        f"(the same effective batch, about {_gb(now.total - smaller.total)} GB less)"
-    ]
+    options = remedies(cfg, hardware, parameters=parameters)
+    return f"out of memory; a step needs about {_gb(now.total)} GB by estimate. Try {options}"
+
+
+def remedies(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
+    """Up to three settings that need less memory, each with what it would give."""
+    now = estimate(cfg, hardware, parameters=parameters)
+    options = []
+    if hardware.batch_size > 1:
+        half = hardware.batch_size // 2
+        smaller = estimate(cfg, replace(hardware, batch_size=half), parameters=parameters)
+        options.append(
+            f"train.batch_size={half} train.accumulation_steps={hardware.accumulation_steps * 2} "
+            f"(the same effective batch, about {_gb(now.total - smaller.total)} GB less)"
+        )
     if not cfg.train.grad_checkpoint:
         checkpointed = replace(cfg, train=replace(cfg.train, grad_checkpoint=True))
         saved = now.total - estimate(checkpointed, hardware, parameters=parameters).total
@@ -66,7 +73,7 @@ def advice(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
     tiny = replace(cfg, model=replace(cfg.model, img_size=size))
     saved = now.total - estimate(tiny, hardware, parameters=parameters).total
     options.append(f"model.img_size={size} (a new run; about {_gb(saved)} GB less)")
-    return f"out of memory; a step needs about {_gb(now.total)} GB by estimate. Try {'; or '.join(options[:3])}"
+    return "; or ".join(options[:3])
 
 
 def _gb(value: float) -> str:

@@ -10,7 +10,7 @@ from dinoct.eval import refuse_model
 
 
 def task(composed: DictConfig) -> Outcome:
-    from dinoct.evals.report import monitor_checkpoint
+    from dinoct.monitoring import monitor_checkpoint
 
     monitor_checkpoint(to_object(composed))
     return Outcome()

@@ -48,6 +48,8 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
     choices = {group: str(hydra.runtime.choices[group]) for group in (*OWN_GROUPS, "experiment")}
     cfg = to_object(composed)
     sweep, run_dir = None, cfg.run_dir
+    if cfg.preflight and cfg.replay is not None:
+        raise ConfigError("preflight=true looks at a run to come and does not go with replay: leave one out")
     if hydra.mode == RunMode.MULTIRUN:
         if run_dir:
             raise ConfigError(

@@ -18,6 +18,7 @@ FRESH = (
     "run_dir",
     "resume",
     "replay",
+    "preflight",
 )  # never from the checkpoint; a stored _target_ least of all
 SHAPES = (  # keys that decide the tensors' shapes
     "model.patch",

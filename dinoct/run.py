@@ -1,16 +1,18 @@
 """Carrying out the plan of a training run."""
 
-import math
 import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct import provenance
+from dinoct.announce import announce
+from dinoct.batchsize import fit_batch
 from dinoct.cli import DONE, FAILED, Outcome
 from dinoct.config import build_engine
 from dinoct.console import log, run_log
@@ -18,22 +20,21 @@ from dinoct.data.dataset import SliceViews, open_split
 from dinoct.data.views import ViewMaker
 from dinoct.engine import Engine
 from dinoct.errors import ConfigError, DinoctError
-from dinoct.faults import explain
+from dinoct.faults import explain, is_out_of_memory
 from dinoct.hardware import Hardware, keep_effective_batch, resolve
 from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import build_optimizer
 from dinoct.plan import RunPlan
-from dinoct.rundir import RunFolder
+from dinoct.rundir import RUNS, RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import ENDLESS_HORIZON, Schedules
 from dinoct.tracking import Tracker, build_tracker
-from dinoct.validate import teach
 
 
 def execute(plan: RunPlan) -> Outcome:
-    """Train as planned, in a run folder of its own; or replay a step.
+    """Train as planned, in a run folder of its own; or replay a step, or look ahead at what the run would take.
 
     Raises:
         DinoctError: with one line; the traceback of anything unforeseen is in the run's train.log.
@@ -47,6 +48,8 @@ def execute(plan: RunPlan) -> Outcome:
     torch.manual_seed(plan.cfg.seed)
     if plan.cfg.replay:
         return _replay(plan, hardware, data)
+    if plan.cfg.preflight:
+        return _preflight(plan, hardware, data)
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place)
     with folder, run_log(folder.path / "train.log"):
         try:
@@ -70,9 +73,30 @@ def _replay(plan: RunPlan, hardware: Hardware, data: tuple) -> Outcome:
         raise ConfigError(f"replay={plan.cfg.replay} is not an emergency checkpoint: it names no samples")
     with run_log():
         parts = _parts(plan, hardware)
+        hardware = fit_batch(plan, hardware, parts.model, slices=len(data[0]))
         meta = plan.checkpoint.meta
         engine = _engine(plan, hardware, data, parts, RunFolder(plan.checkpoint.path.parent), Tracker(None, []), meta)
         return Outcome(DONE if replay(engine, positions) else FAILED)
+
+
+def _preflight(plan: RunPlan, hardware: Hardware, data: tuple) -> Outcome:
+    """The run's own engine, in no folder, takes a few steps that are thrown away."""
+    from dinoct.preflight import check_memory, out_of_memory, preflight
+
+    with run_log():
+        try:
+            check_memory(plan.cfg, hardware)  # before a model that cannot fit drives the machine into its swap
+            parts = _parts(plan, hardware)
+            hardware = fit_batch(plan, hardware, parts.model, slices=len(data[0]))
+            _announce(plan, hardware, parts, data)
+            folder = RunFolder(Path(plan.run_dir) if plan.run_dir else RUNS)
+            preflight(_engine(plan, hardware, data, parts, folder, Tracker(None, []), {}))
+        except DinoctError:
+            raise
+        except Exception as error:
+            message = out_of_memory(plan.cfg, hardware) if is_out_of_memory(error) else explain(error)
+            raise DinoctError(f"preflight: {message}") from error
+    return Outcome(DONE)
 
 
 def _mark_failed(folder: RunFolder, error: BaseException) -> None:
@@ -112,6 +136,7 @@ def _engine(
     """The engine that the config names, with the checkpoint's state in it."""
     cfg = plan.cfg
     train_index, val_index, store, _ = data
+    views = ViewMaker(cfg.aug, cfg.model, cfg.loss.ibot, gram_px=cfg.loss.gram.teacher_px)
     engine = build_engine(
         cfg.engine,
         cfg=cfg,
@@ -119,7 +144,7 @@ def _engine(
         optimizer=parts.optimizer,
         schedules=Schedules(cfg.optim, cfg.loss.dino, parts.horizon),
         hardware=hardware,
-        train_data=SliceViews(train_index, store, ViewMaker(cfg.aug, cfg.model, cfg.loss.ibot), seed=cfg.seed),
+        train_data=SliceViews(train_index, store, views, seed=cfg.seed),
         val_index=val_index,
         run=folder,
         tracker=tracker,
@@ -133,8 +158,11 @@ def _engine(
 
 def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) -> Outcome:
     cfg, checkpoint = plan.cfg, plan.checkpoint
-    train_index, val_index, _, manifest = data
+    train_index, _, _, manifest = data
+    if cfg.tracker.group is None:  # a run that is in no sweep makes a group with its evaluations
+        cfg.tracker.group = plan.sweep or folder.path.name
     parts = _parts(plan, hardware)
+    hardware = fit_batch(plan, hardware, parts.model, slices=len(train_index))
     meta = {
         "config": plan.config_dict(),
         "choices": plan.choices,
@@ -146,11 +174,10 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         "environment": provenance.environment(),
         "hardware": hardware.describe(),
     }
-    describe(plan, hardware, folder, parts, slices=(len(train_index), len(val_index)))
+    log.info("run folder %s", folder.path)
+    _announce(plan, hardware, parts, data)
     _check_before(plan, folder, parts, meta, held_out=manifest.val)
     folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(parts.model.student.backbone)))
-    if cfg.tracker.group is None:
-        cfg.tracker.group = plan.sweep
     cfg.tracker.tags = list(dict.fromkeys([*cfg.tracker.tags, cfg.model.name, cfg.hardware.name]))
     tracker = build_tracker(
         cfg.tracker,
@@ -167,6 +194,17 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) ->
         tracker.close()
     folder.set_state("stopped" if result.exit_status else "done", result.step)
     return Outcome(result.exit_status, result.mean_percentile_rank)
+
+
+def _announce(plan: RunPlan, hardware: Hardware, parts: _Parts, data: tuple) -> None:
+    announce(
+        plan,
+        hardware,
+        parameters=parameter_count(parts.model.student.backbone),
+        slices=(len(data[0]), len(data[1])),
+        horizon=parts.horizon,
+        notes=parts.notes,
+    )
 
 
 def _check_before(
@@ -214,49 +252,6 @@ def _horizon(plan: RunPlan) -> int:
         stored = plan.checkpoint.meta["config"]["optim"]["horizon"]
         return cfg.optim.horizon if cfg.optim.horizon not in (None, stored) else plan.checkpoint.meta["horizon"]
     return cfg.optim.horizon or cfg.train.max_steps or ENDLESS_HORIZON
-
-
-def describe(
-    plan: RunPlan,
-    hardware: Hardware,
-    folder: RunFolder,
-    parts: _Parts,
-    *,
-    slices: tuple[int, int],
-) -> None:
-    """Say what is about to run, and what `auto` chose."""
-    cfg = plan.cfg
-    log.info("run folder %s", folder.path)
-    for line in hardware.lines():
-        log.info("  %s", line)
-    count = parameter_count(parts.model.student.backbone)
-    log.info(
-        "model %s: %.1f M parameters, patch %d, %d px", cfg.model.name, count / 1e6, cfg.model.patch, cfg.model.img_size
-    )
-    log.info("data: %d slices to train on, %d held out; views: %s", *slices, cfg.aug.name)
-    batch = hardware.batch_size * hardware.accumulation_steps
-    steps = cfg.train.max_steps or "no limit, Ctrl+C saves and stops"
-    log.info(
-        "steps: %s; effective batch %d; schedules over %d steps; ln K %.4f",
-        steps,
-        batch,
-        parts.horizon,
-        math.log(cfg.loss.out_dim),
-    )
-    for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size)]:
-        log.warning(line)
-    for line in parts.notes:
-        log.info(line)
-    if plan.checkpoint is not None:
-        before = plan.checkpoint.meta["hardware"]
-        log.info("resuming at step %d from %s", plan.checkpoint.step, plan.checkpoint.path)
-        for line in plan.changes:
-            log.info("  changed: %s", line)
-        if (before["platform"], before["card"]) != (hardware.platform, hardware.card):
-            log.warning(
-                "platform changed: %s (%s) -> %s (%s); this hardware's settings apply",
-                before["platform"], before["card"], hardware.platform, hardware.card,
-            )  # fmt: skip
 
 
 def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parameters: int) -> dict[str, Any]:

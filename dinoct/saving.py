@@ -1,5 +1,6 @@
 """When and where checkpoints of a run are written; what a full disk does, and what it does not."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -40,6 +41,20 @@ class Saver:
             log.critical("not saved at step %d, training goes on: %s", meta["step"], error)
             return None
 
+    def keep_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Keep the state as ``checkpoint_best_{step}.pth`` in place of the older best; a failure is reported."""
+        regular = self.folder / checkpoints.checkpoint_name(meta["step"])
+        best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
+        try:
+            if not _linked(regular, best):
+                checkpoints.verify(self._write(best.name, state, meta))
+        except CheckpointError as error:
+            log.critical("the best checkpoint is not kept at step %d, training goes on: %s", meta["step"], error)
+            return
+        for older in self.folder.glob("checkpoint_best_*.pth"):
+            if older != best:
+                older.unlink(missing_ok=True)
+
     def emergency(self, state: dict[str, Any], meta: dict[str, Any]) -> Path | None:
         """Write ``emergency_{step}.pth``, outside the rotation; never raises: something went wrong already."""
         try:
@@ -54,6 +69,17 @@ class Saver:
         size = checkpoints.save(path, state, meta)
         log.info("saved %s (%.1f MB, %.1f s)", name, size / 1e6, time.perf_counter() - start)
         return path
+
+
+def _linked(path: Path, second: Path) -> bool:
+    """Give a file a second name that outlives the first; False where it is not there, or cannot be linked."""
+    try:
+        os.link(path, second)
+    except FileExistsError:
+        return True  # of this step, by a run that was killed right behind it
+    except OSError:
+        return False
+    return True
 
 
 def state_bytes(state: Any) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +78,9 @@ class TensorBoard:
 class Wandb:
     """W&B, offline unless asked otherwise; argv, paths and the host's name are not recorded."""
 
-    def __init__(self, cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], job_type: str):
+    def __init__(
+        self, cfg: TrackerConfig, folder: Path, *, run_id: str | None, config: Mapping[str, Any], job_type: str
+    ):
         import wandb
 
         self.wants_images = cfg.images
@@ -167,3 +170,25 @@ def build_tracker(
     if cfg.wandb != "disabled":
         sinks.append(Wandb(cfg, folder, run_id=run_id, config=config, job_type="train"))
     return Tracker(record, sinks)
+
+
+def track_evaluation(
+    cfg: TrackerConfig, folder: Path, run: str, meta: Mapping[str, Any], report: Mapping[str, Any], *, picture: Path
+) -> None:
+    """An evaluation as a W&B run of its own (job type eval), in the group of the run that it judges.
+
+    Args:
+        folder: where wandb/ is written.
+        run: name of the run that is judged.
+        meta: its checkpoint's.
+        report: the figures; those of the encoder become ``Eval/...``.
+        picture: the summary, sent only where tracker.images asks for it.
+    """
+    if cfg.wandb == "disabled":
+        return
+    group = cfg.group or meta["config"]["tracker"].get("group") or run
+    cfg = replace(cfg, group=group, name=cfg.name or f"{run}-eval")
+    tracker = Tracker(None, [Wandb(cfg, folder, run_id=None, config=meta["config"], job_type="eval")])
+    tracker.log(report["step"], {f"Eval/{k}": float(v) for k, v in report.items() if isinstance(v, float | bool)})
+    tracker.images(report["step"], {"Eval/summary": picture})
+    tracker.close()

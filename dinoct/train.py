@@ -2,12 +2,14 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dinoct.cli import Outcome, run_command
 from dinoct.config import TrainConfig
+from dinoct.errors import ConfigError
 from dinoct.validate import check_deletions
 
 
@@ -22,9 +24,21 @@ def task(composed: DictConfig) -> Outcome:
     return execute(plan)
 
 
+def check_arguments(arguments: Sequence[str]) -> None:
+    """What is refused before Hydra sees it, and makes folders of a sweep.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    check_deletions(arguments)
+    sweep = next((a for a in arguments if a in ("-m", "--multirun") or a.startswith("+sweep=")), None)
+    if sweep and "preflight=true" in (a.lower() for a in arguments):
+        raise ConfigError(f"preflight=true looks at one run and does not go with a sweep ({sweep}): leave one out")
+
+
 def cli() -> None:
     """Entry point of ``dinoct-train``."""
-    sys.exit(run_command("train", task, TrainConfig, before=check_deletions))
+    sys.exit(run_command("train", task, TrainConfig, before=check_arguments))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from dinoct.config import AugConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, WindowConfig
 from dinoct.errors import ConfigError
 
+AUTO = "auto"  # train.batch_size: the largest that fits, found by trial
 MIN_GRAM_WEIGHT = 0.01
 SINKHORN_RATIO = 32  # prototypes per teacher row
 KOLEO_SLICES = 16
 GRAM_REASON = (
     "Gram anchoring is always on: without it patch features drift apart from the anatomy while the loss still falls"
 )
+PROBES = ("correspondence", "hard_negatives", "position", "scanner", "purity", "labels", "masks")
 
 
 def check_deletions(overrides: Iterable[str]) -> None:
@@ -37,9 +39,9 @@ def validate(cfg: TrainConfig) -> None:
     validate_probe(cfg.probe)
     _optim(cfg.optim)
     _crops(cfg)
+    _batch_size(cfg.train.batch_size)
     for key, value in (
         ("train.max_steps", cfg.train.max_steps),
-        ("train.batch_size", cfg.train.batch_size),
         ("train.accumulation_steps", cfg.train.accumulation_steps),
         ("hardware.batch_size", cfg.hardware.batch_size),
         ("ckpt.every", cfg.ckpt.every),
@@ -70,11 +72,33 @@ def validate_probe(probe: ProbeConfig) -> None:
     _window("probe.window", probe.window)
     _range("probe.scale", probe.scale, low=1e-3, high=1.0)
     _share("probe.flip", probe.flip)
-    for key in ("batch_size", "bootstrap"):
+    for key in ("batch_size", "bootstrap", "hard_n", "fit_n", "masks_n"):
         if getattr(probe, key) < 1:
             raise ConfigError(f"probe.{key} must be at least 1, not {getattr(probe, key)}")
     if probe.seed < 0:
         raise ConfigError(f"probe.seed must be at least 0, not {probe.seed}")
+    for rule in probe.rules:
+        parse_rule(rule)
+    for name in probe.probes:
+        _choice("probe.probes", name, PROBES)
+    if not probe.hard_offsets or 0 in probe.hard_offsets:
+        raise ConfigError(f"probe.hard_offsets must name neighbours, such as [-1,1], not {probe.hard_offsets}")
+
+
+def parse_rule(rule: str) -> tuple[str, str, float]:
+    """``"FIGURE >= NUMBER"`` as its three parts.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    parts = rule.split()
+    try:
+        path, sign, bound = parts[0], parts[1], float(parts[2])
+    except (IndexError, ValueError):
+        sign = ""
+    if sign not in (">=", "<=") or len(parts) != 3:
+        raise ConfigError(f'probe.rules: "{rule}" is not FIGURE >= NUMBER or FIGURE <= NUMBER')
+    return path, sign, bound
 
 
 def teach(cfg: TrainConfig, *, batch_size: int) -> list[str]:
@@ -181,7 +205,20 @@ def _optim(optim: OptimConfig) -> None:
         raise ConfigError(f"optim.betas needs two numbers, not {optim.betas}")
 
 
+def _batch_size(value: int | str | None) -> None:
+    if isinstance(value, str) and value != AUTO:
+        raise ConfigError(f"train.batch_size must be a whole number, auto or null, not {value}")
+    if isinstance(value, int) and value < 1:
+        raise ConfigError(f"train.batch_size must be at least 1, not {value}")
+
+
 def _crops(cfg: TrainConfig) -> None:
+    fine = cfg.loss.gram.teacher_px
+    if fine is not None and (fine < cfg.model.img_size or fine % cfg.model.patch):
+        raise ConfigError(
+            f"loss.gram.teacher_px={fine} must be a multiple of model.patch={cfg.model.patch} and at least "
+            f"model.img_size={cfg.model.img_size}"
+        )
     size, patch = cfg.aug.local_size, cfg.model.patch
     if cfg.aug.local_crops and size is not None and size % patch:
         good = " or ".join(str(value) for value in nearest_multiples(size, patch))

@@ -15,7 +15,7 @@ def main() -> int:
     status = 0
     files = parser.parse_args().files
 
-    from dinoct.evals.report import checkpoint_summary
+    from dinoct.evals.inspect import checkpoint_summary
 
     for path in files:
         try:

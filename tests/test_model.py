@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from dinoct.config import GramConfig, IbotConfig, LossConfig, ModelConfig, OptimConfig
 from dinoct.data.dataset import mask_fields
 from dinoct.errors import CheckpointError
+from dinoct.losses import resize_patches
 from dinoct.models.backbone import Backbone, normalise
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import CropBatch, SelfDistillation
@@ -157,6 +158,20 @@ def test_micro_batches_add_up_to_the_whole_batch_where_the_objective_allows_it()
     for a, b in zip(grads[0][0], grads[1][0], strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert torch.allclose(grads[0][1], grads[1][1], atol=1e-6)
+
+
+def test_a_gram_teacher_that_sees_more_pixels_is_resized_to_the_students_grid():
+    model, fine = make(tiny_loss(gram=GramConfig(teacher_px=128))), batch()
+    fine.gram_crops = torch.nn.functional.interpolate(fine.global_crops, size=128, mode="bilinear")
+    own = model.teacher.backbone(fine.global_crops)[1]
+    assert model._gram_patches(fine, own).shape == own.shape
+    rows, cols = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    got = resize_patches(torch.stack([rows, cols], dim=-1).view(1, 64, 2), patches=16).view(4, 4, 2)
+    assert got[1:3, 1:3, 0].tolist() == [pytest.approx([2.5, 2.5], abs=0.06), pytest.approx([4.5, 4.5], abs=0.06)]
+    assert torch.allclose(got[..., 1], got[..., 0].T)
+    terms = model(fine, teacher_temperature=0.05)
+    assert terms.scalars["loss/gram"] > 0  # the same weights, another view of the same crop
+    assert torch.equal(model._gram_patches(batch(), own), own)
 
 
 def test_lagged_gram_teacher_ages_and_is_renewed():

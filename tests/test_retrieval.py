@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dinoct.config import ProbeConfig
-from dinoct.evals.features import PairFeatures, histogram_encoder, pixel_encoder
+from dinoct.evals.features import histogram_encoder, pixel_encoder
 from dinoct.evals.judge import checks
-from dinoct.evals.retrieval import bootstrap_difference, dispersion, key_ranks, score
+from dinoct.evals.retrieval import bootstrap_mean, dispersion, key_ranks, score
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -16,18 +16,18 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_perfect_encoder():
     x = randn(100, 16)
-    got = score(PairFeatures(x, 2 * x))
+    got = score(x, 2 * x)
     assert (got.top1, got.top5, got.mean_percentile_rank, got.ratio) == (1.0, 1.0, 0.0, 100.0)
 
 
 def test_a_blind_encoder_is_at_chance():
-    got = score(PairFeatures(randn(1000, 16, seed=0), randn(1000, 16, seed=1)))
+    got = score(randn(1000, 16, seed=0), randn(1000, 16, seed=1))
     assert got.mean_percentile_rank == pytest.approx(0.5, abs=0.03)
     assert got.ratio < 6
 
 
 def test_a_constant_encoder_wins_nothing_by_ties():
-    got = score(PairFeatures(torch.ones(50, 4), torch.ones(50, 4)))
+    got = score(torch.ones(50, 4), torch.ones(50, 4))
     assert got.top1 == 0
     assert got.mean_percentile_rank == pytest.approx(0.5)
 
@@ -48,10 +48,15 @@ def test_dispersion_tells_spread_from_collapse():
     assert line["effective_rank"] == pytest.approx(1.0, abs=0.01)
 
 
-def test_bootstrap_interval_holds_the_difference():
-    a, b = np.random.default_rng(0).normal(0.2, 0.1, 400), np.random.default_rng(1).normal(0.3, 0.1, 400)
-    low, high = bootstrap_difference(a, b, draws=500, seed=0)
-    assert low < (a - b).mean() < high < 0
+def test_the_bootstrap_draws_patients_because_slices_of_one_are_alike():
+    rng, patients = np.random.default_rng(0), np.repeat(np.arange(20), 50)
+    own = rng.normal(-0.1, 0.1, 20)[patients] + rng.normal(0, 0.01, 1000)  # each patient has a level of his own
+    low, high = bootstrap_mean(own, patients, draws=1000, seed=0)
+    assert low < own.mean() < high < 0
+    as_slices = bootstrap_mean(own, np.arange(1000), draws=1000, seed=0)
+    assert high - low > 4 * (as_slices[1] - as_slices[0])  # sqrt(50) where they are the same
+    alone = bootstrap_mean(own[:50], patients[:50], draws=1000, seed=0)  # of one patient, his slices
+    assert 0 < alone[1] - alone[0] < 0.01
 
 
 def report(**changes) -> dict:
@@ -79,8 +84,10 @@ def test_the_verdict_says_which_condition_failed(changes, failing):
 
 def test_baseline_encoders():
     x = torch.rand(3, 1, 64, 64)
-    assert pixel_encoder(x).shape == (3, 1024)
-    assert pixel_encoder(x).mean(dim=1).abs().max() < 1e-5
+    small, patches = pixel_encoder(16)(x).cls, pixel_encoder(16)(x).patches
+    assert small.shape == (3, 1024)
+    assert small.mean(dim=1).abs().max() < 1e-5
+    assert torch.equal(patches[1, 5].view(16, 16), x[1, 0, 16:32, 16:32])
     shuffled = x.flatten(2)[..., torch.randperm(64 * 64)].view_as(x)
-    assert torch.equal(histogram_encoder(x), histogram_encoder(shuffled))
-    assert histogram_encoder(x).sum(dim=1) == pytest.approx([1.0, 1.0, 1.0])
+    assert torch.equal(histogram_encoder(x).cls, histogram_encoder(shuffled).cls)
+    assert histogram_encoder(x).cls.sum(dim=1) == pytest.approx([1.0, 1.0, 1.0])

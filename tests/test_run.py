@@ -43,10 +43,10 @@ def test_a_run_leaves_what_the_contract_says(phantom_root, workplace):
     assert {"config.json", "metrics.jsonl", "train.log", "tb", "wandb", "monitor"} <= names
     assert "checkpoint_00000002.pth" not in names
     assert {p.name for p in (folder / "monitor" / "step_00000004").iterdir()} == {
-        "heatmap.png",
-        "input.png",
+        *("heatmap.png", "input.png", "pca.png", "similarity.png", "attention.png", "hu.png"),
         "stats.json",
     }
+    assert (folder / "monitor" / "views.png").is_file()
     config = json.loads((folder / "config.json").read_text())
     assert config["state"] == "done"
     assert len(config["data_manifest_hash"]) == 16
@@ -277,6 +277,28 @@ def test_going_back_in_place_keeps_what_comes_after_aside(phantom_root, workplac
     assert (folder / "checkpoint_final_00000005.pth").samefile(folder / "checkpoint_00000005.pth")
     assert run("train", "resume=auto", "train.max_steps=6", *here) == 0
     assert losses(folder) == whole
+
+
+def test_the_best_encoder_of_a_run_is_kept_over_rotation_and_resume(phantom_root, workplace, monkeypatch):
+    """Figures of the evaluations are given here: what is tested is which state is kept."""
+    from dinoct import looks
+    from dinoct.checkpoint import load
+
+    given = iter([0.4, 0.2, 0.3, 0.25, 0.1])
+
+    def judge(*_, **__):
+        rank = next(given)
+        return {"mean_percentile_rank": rank, "top1": 0.0, "n": 4}
+
+    monkeypatch.setattr(looks, "judge", judge)
+    arguments = [*TINY, f"data.root={phantom_root}", "eval.every=1", "ckpt.every=1", "ckpt.keep_last=1", "run_dir=r"]
+    assert run("train", *arguments, "train.max_steps=3", "optim.horizon=9") == 0
+    assert [path.name for path in (workplace / "r").glob("*best*")] == ["checkpoint_best_00000002.pth"]
+    assert load(workplace / "r" / "checkpoint_best_00000002.pth").step == 2
+    assert run("train", "resume=r", "train.max_steps=4") == 0  # 0.25 is not better than 0.2 was
+    assert [path.name for path in (workplace / "r").glob("*best*")] == ["checkpoint_best_00000002.pth"]
+    assert run("train", "resume=r", "train.max_steps=5") == 0
+    assert [path.name for path in (workplace / "r").glob("*best*")] == ["checkpoint_best_00000005.pth"]
 
 
 def test_auto_means_the_newest_run_and_says_so_when_it_has_nothing(phantom_root, workplace, capfd):

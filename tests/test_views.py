@@ -117,3 +117,15 @@ def test_a_crop_larger_than_the_slice_is_the_slice():
     make = ViewMaker(AugConfig(global_mm=[900.0, 900.0], ratio=[1.0, 1.0]), MODEL, IbotConfig())
     view = sample_view(rng(0), make.global_spec, body(256), 0.7)
     assert (view.height, view.width) == (256, 256)
+
+
+def test_the_gram_teacher_gets_the_same_crop_in_more_pixels():
+    aug = AugConfig(noise=1.0, blur=1.0)
+    make = ViewMaker(aug, MODEL, IbotConfig(), gram_px=128)
+    got, plain = make(body(), rng(4)), ViewMaker(aug, MODEL, IbotConfig())(body(), rng(4))
+    assert got["gram"].shape == (2, 128, 128)
+    assert np.array_equal(got["global"], plain["global"])  # it draws nothing of its own
+    assert plain["gram"].size == 0
+    small = got["gram"].reshape(2, 64, 2, 64, 2).mean(axis=(2, 4))
+    assert np.abs(small - got["global"]).mean() < 0.05
+    assert not np.allclose(small, got["global"], atol=0.02)  # the student's noise and blur are not in it

@@ -12,13 +12,14 @@ from pathlib import Path
 from dinoct.config import PhantomConfig, PrepareConfig
 from dinoct.console import console, progress
 from dinoct.data.labels import write_lidc_labels
+from dinoct.data.masks import write_masks
 from dinoct.data.pipeline import PrepareOptions, PrepareReport, Progress, explain, prepare_dataset
 from dinoct.data.privacy import private_folder, write_salt
 from dinoct.errors import ConfigError
 
 
 def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
-    """Prepare `cfg.source`, or explain a file id, or write the labels of LIDC's nodules.
+    """Prepare `cfg.source`, or explain a file id, or take over labels or masks.
 
     Raises:
         ConfigError, PrepareError: naming the key to change.
@@ -33,6 +34,11 @@ def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
     if cfg.labels:
         path, counts = write_lidc_labels(Path(cfg.labels), root)
         console.print(f"{', '.join(f'{n} {label}' for label, n in counts.items())}: {path}", markup=False)
+        return
+    if cfg.masks:
+        folder, known, strange = write_masks(Path(cfg.masks), root)
+        also = f", {strange} of slices that are not in the data set" if strange else ""
+        console.print(f"masks of {known} slices{also}: {folder}", markup=False)
         return
     sources = _sources(cfg, root)
     _note_command(root, arguments)

@@ -144,6 +144,7 @@ def collate(items: list[dict]) -> CropBatch:
         **mask_fields(masks if masks.any() else None),
         groups=torch.tensor([item["group"] for item in items]),
         positions=[item["position"] for item in items],
+        gram_crops=crops("gram"),
     )
 
 
@@ -159,14 +160,15 @@ def train_loader(dataset: SliceViews, *, start: int, batch_size: int, num_worker
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),
         persistent_workers=False,
         prefetch_factor=4 if num_workers else None,
     )
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Settle a loader worker: signals are the parent's business, one thread is enough."""
     import signal
 
     import cv2

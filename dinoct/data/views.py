@@ -5,7 +5,8 @@ turns a slice and these numbers into pixels. So the geometry of every view is kn
 view whoever renders it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cv2
@@ -178,7 +179,7 @@ def block_mask(rng: np.random.Generator, grid: int, share: float) -> np.ndarray:
 class ViewMaker:
     """All crops and masks of a training sample."""
 
-    def __init__(self, aug: AugConfig, model: ModelConfig, ibot: IbotConfig):
+    def __init__(self, aug: AugConfig, model: ModelConfig, ibot: IbotConfig, *, gram_px: int | None = None):
         spec = partial(
             ViewSpec,
             ratio=tuple(aug.ratio),
@@ -197,25 +198,24 @@ class ViewMaker:
         self.global_crops, self.local_crops = aug.global_crops, aug.local_crops
         self.grid = model.img_size // model.patch
         self.ibot = ibot
+        self.gram_px = gram_px if gram_px != model.img_size else None
 
     def __call__(self, hu: np.ndarray, rng: np.random.Generator, mm_per_pixel: float = 1.0) -> dict[str, np.ndarray]:
         """Views of a slice ``[H, W]`` in HU with square pixels of `mm_per_pixel`.
 
         Returns:
-            ``global`` ``[Vg, S, S]`` and ``local`` ``[Vl, s, s]`` float32 in [0, 1], ``masks`` ``[Vg, P]`` booleans.
+            ``global`` ``[Vg, S, S]`` and ``local`` ``[Vl, s, s]`` float32 in [0, 1], ``masks`` ``[Vg, P]`` booleans,
+            ``gram`` ``[Vg, G, G]``: the global crops at the Gram teacher's size without blur and noise, or empty.
         """
+        glob = [sample_view(rng, self.global_spec, hu, mm_per_pixel) for _ in range(self.global_crops)]
+        local = [sample_view(rng, self.local_spec, hu, mm_per_pixel) for _ in range(self.local_crops)]
+        clean = [replace(view, blur=0.0, noise=0.0) for view in glob] if self.gram_px else []
         return {
-            "global": self._crops(hu, rng, self.global_spec, self.global_crops, mm_per_pixel),
-            "local": self._crops(hu, rng, self.local_spec, self.local_crops, mm_per_pixel),
+            "global": _render_all(hu, glob, self.global_spec.size),
+            "local": _render_all(hu, local, self.local_spec.size),
             "masks": self._masks(rng),
+            "gram": _render_all(hu, clean, self.gram_px or 0),
         }
-
-    @staticmethod
-    def _crops(hu: np.ndarray, rng: np.random.Generator, spec: ViewSpec, count: int, mm: float) -> np.ndarray:
-        out = np.empty((count, spec.size, spec.size), dtype=np.float32)
-        for i in range(count):
-            out[i] = render_view(hu, sample_view(rng, spec, hu, mm), spec.size)
-        return out
 
     def _masks(self, rng: np.random.Generator) -> np.ndarray:
         masks = np.zeros((self.global_crops, self.grid * self.grid), dtype=bool)
@@ -226,6 +226,14 @@ class ViewMaker:
         return masks
 
 
+def _render_all(hu: np.ndarray, views: Sequence[View], size: int) -> np.ndarray:
+    """``[V, size, size]``."""
+    out = np.empty((len(views), size, size), dtype=np.float32)
+    for i, view in enumerate(views):
+        out[i] = render_view(hu, view, size)
+    return out
+
+
 def _pair(values: list[float] | None) -> tuple[float, float] | None:
     return None if values is None else (values[0], values[1])
 
@@ -233,3 +241,9 @@ def _pair(values: list[float] | None) -> tuple[float, float] | None:
 def probe_spec(probe: ProbeConfig, size: int) -> ViewSpec:
     """The fixed views that encoders are judged by: independent of any run's augmentation."""
     return ViewSpec(size=size, scale=tuple(probe.scale), ratio=(0.75, 1.3333), flip=probe.flip, window=probe.window)
+
+
+def middle_window(window: WindowConfig) -> tuple[float, float]:
+    """The middle of a range of windows, as (low, high) HU."""
+    center, width = sum(window.center) / 2, sum(window.width) / 2
+    return center - width / 2, center + width / 2

@@ -1,61 +1,95 @@
-"""A checkpoint's evaluation and pictures, from settings to files."""
+"""A checkpoint's evaluation, from settings to files."""
 
 import json
-import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import Checkpoint
 from dinoct.cli import DONE, FAILED
-from dinoct.config import DataConfig, EvalConfig, MonitorConfig, WindowConfig
+from dinoct.config import DataConfig, EvalConfig, ProbeConfig
 from dinoct.console import console, log, progress, run_log
-from dinoct.data.dataset import middle_slice, open_split, read_slice
-from dinoct.data.index import SliceIndex
+from dinoct.data.dataset import data_paths, open_split
+from dinoct.data.index import SliceIndex, atomic_text
+from dinoct.data.labels import load_split_labels
+from dinoct.data.masks import FOLDER as MASKS
+from dinoct.data.masks import MaskStore
+from dinoct.data.store import SliceStore
 from dinoct.errors import ConfigError
-from dinoct.evals.judge import judge
-from dinoct.hardware import resolve
+from dinoct.evals.judge import ProbeData, judge
+from dinoct.evals.picture import draw_curve, draw_summary
+from dinoct.evals.table import print_report
+from dinoct.hardware import Hardware, resolve
 from dinoct.models.load import load_backbone, model_config
 from dinoct.provenance import data_manifest_hash
+from dinoct.tracking import track_evaluation
 from dinoct.validate import validate_probe
-from dinoct.viz import draw_monitor
 
 
-def evaluate_checkpoint(cfg: EvalConfig) -> int:
-    """View retrieval of the EMA teacher on the validation patients; writes the JSON beside the checkpoint.
+def evaluate(cfg: EvalConfig) -> int:
+    """Judge the EMA teachers of one or several checkpoints on the validation patients.
+
+    Writes a JSON file and a picture beside each checkpoint, and a curve where there are several.
 
     Returns:
-        0 for a pass, 2 for a fail.
+        0 for a pass, 2 for a fail; of several checkpoints the last step's verdict counts.
     Raises:
         ConfigError, CheckpointError: naming the key to change.
     """
     validate_probe(cfg.probe)
     if cfg.n < 2:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
-    checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
+    paths = find_checkpoints(cfg.checkpoint)
     hardware = resolve(cfg.hardware)
     torch.set_num_threads(hardware.threads)
-    train, val, store, _ = open_split(data_of(cfg.data, checkpoint))
+    reports = [_evaluate_one(path, cfg, hardware) for path in paths]
+    reports.sort(key=lambda report: report["step"])
+    if len(reports) > 1:
+        _write_curve(reports, Path(cfg.out) if cfg.out else paths[0].parent)
+    return DONE if reports[-1]["passed"] else FAILED
+
+
+def find_checkpoints(value: Any) -> list[Path]:
+    """The files that ``checkpoint=FILE``, ``checkpoint=RUN`` (all of its checkpoints) or a list of these means.
+
+    Raises:
+        ConfigError: for a folder without checkpoints.
+    """
+    found: list[Path] = []
+    for item in value if isinstance(value, list) else [value]:
+        path = Path(str(item))
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = checkpoints.list_checkpoints(path)
+        if not inside:
+            raise ConfigError(f"checkpoint: there is no checkpoint_*.pth in {path}")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, Any]:
+    checkpoint = checkpoints.load(path, lazily=True)
+    data = data_of(cfg.data, checkpoint)
+    train, val, store, _ = open_split(data)
     check_unseen(checkpoint, train, val)
     n = min(cfg.n, len(val))
     with run_log(), progress("slices") as bar:
         if n < cfg.n:
             log.warning("n=%d, but the validation split has %d slices: all of them are judged", cfg.n, n)
-        task = bar.add_task("eval", total=n)
-        report = judge(
+        judged = judge(
             load_backbone(checkpoint),
             model_config(checkpoint),
             cfg.probe,
-            index=val,
-            store=store,
+            _probe_data(cfg.probe, data, train, val, store),
             n=n,
             hardware=hardware,
-            advance=lambda count: bar.advance(task, count),
+            begin=lambda what, total: partial(bar.advance, bar.add_task(what, total=total)),
         )
     report = {
         "checkpoint": checkpoint.path.name,
@@ -63,21 +97,63 @@ def evaluate_checkpoint(cfg: EvalConfig) -> int:
         "git_commit": checkpoint.meta["git_commit"],
         "data_manifest_hash": checkpoint.meta["data_manifest_hash"],
         "patients": len(np.unique(val.patient)),
-        **report,
+        **judged,
     }
     out = Path(cfg.out) if cfg.out else checkpoint.path.parent
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"view_retrieval_step{checkpoint.step:08d}_N{n}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print_report(report, path)
-    return DONE if report["passed"] else FAILED
+    name = out / f"view_retrieval_step{checkpoint.step:08d}_N{n}"
+    _write_json(name.with_suffix(".json"), report)
+    draw_summary(report, name.with_suffix(".png"))
+    track_evaluation(
+        cfg.tracker, out, path.absolute().parent.name, checkpoint.meta, report, picture=name.with_suffix(".png")
+    )
+    print_report(report, name.with_suffix(".json"))
+    return report
+
+
+def _probe_data(
+    probe: ProbeConfig, data: DataConfig, train: SliceIndex, val: SliceIndex, store: SliceStore
+) -> ProbeData:
+    """The index's two sides, with labels and masks where there are some.
+
+    Raises:
+        ConfigError: where a file was named that is not there.
+    """
+    root = data_paths(data)[0].absolute().parent.parent
+    labels = Path(probe.labels) if probe.labels else root / "_index" / "labels.csv"
+    masks = Path(probe.masks) if probe.masks else root / MASKS
+    if probe.masks and not masks.is_dir():
+        raise ConfigError(f"probe.masks: there is no folder {masks}")
+    return ProbeData(
+        val,
+        store,
+        train,
+        load_split_labels(labels, train, val) if probe.labels or labels.is_file() else None,
+        MaskStore(masks) if masks.is_dir() else None,
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_text(path) as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+
+
+def _write_curve(reports: list[dict[str, Any]], out: Path) -> None:
+    """Figures over steps, as JSON and as a picture."""
+    name = out / f"view_retrieval_curve_N{reports[-1]['n']}"
+    keys = ("step", "checkpoint", "mean_percentile_rank", "mean_percentile_rank_95", "top1", "ratio", "feature_std",
+            "effective_rank", "passed")  # fmt: skip
+    _write_json(name.with_suffix(".json"), {"points": [{key: report[key] for key in keys} for report in reports]})
+    draw_curve(reports, name.with_suffix(".png"))
+    console.print(f"curve over {len(reports)} checkpoints: {name.with_suffix('.png')}", markup=False)
 
 
 def data_of(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
     """The data that was asked for, else that of the checkpoint's run."""
     if data.root or data.index_csv:
         return data
-    stored = DataConfig(**checkpoint.meta["config"]["data"])
+    known = {item.name for item in fields(DataConfig)}
+    stored = DataConfig(**{k: v for k, v in checkpoint.meta["config"]["data"].items() if k in known})
     return replace(stored, split_manifest=data.split_manifest or stored.split_manifest)
 
 
@@ -99,93 +175,3 @@ def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> 
             "WARNING: index or split differ from those of the training run; make sure that it never saw these patients",
             style="yellow",
         )
-
-
-def print_report(report: dict[str, Any], path: Path) -> None:
-    """The table, and which of the conditions failed."""
-    table = Table(
-        title=f"view retrieval, n={report['n']} slices of {report['patients']} patients", title_justify="left"
-    )
-    for column in ("encoder", "top1", "top5", "ratio", "mean rank", "feature std", "mean cosine"):
-        table.add_column(column, justify="left" if column == "encoder" else "right")
-    for name, row in [("trained", report), *report["baselines"].items()]:
-        figures = [row["top1"], row["top5"], row["ratio"], row["mean_percentile_rank"]]
-        spread = [row.get("feature_std"), row.get("mean_cosine")]
-        formats = ["{:.4f}", "{:.4f}", "{:.1f}", "{:.4f}", "{:.3f}", "{:.3f}"]
-        values = [*figures, *spread]
-        cells = ["-" if v is None else f.format(v) for f, v in zip(formats, values, strict=True)]
-        table.add_row(name.replace("_", " "), *cells)
-    console.print(table)
-    console.print(f"baseline (chance) top1 {report['baseline']:.5f}; mean rank: 0 best, 0.5 chance")
-    for name, check in report["checks"].items():
-        console.print(f"{'pass' if check['passed'] else 'FAIL'}  {name}: {check['says']}", markup=False)
-    verdict = "PASS" if report["passed"] else "FAIL"
-    console.print(f"{verdict}  {path}", style="green" if report["passed"] else "red", markup=False)
-
-
-def monitor_checkpoint(cfg: MonitorConfig) -> dict[str, Any]:
-    """input.png, heatmap.png and stats.json beside the checkpoint, or into `out`."""
-    checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
-    hardware = resolve(cfg.hardware)
-    torch.set_num_threads(hardware.threads)
-    _, val, store, _ = open_split(data_of(cfg.data, checkpoint))
-    i = middle_slice(val)
-    if cfg.slice_id is not None:
-        found = np.flatnonzero(val.slice_id == cfg.slice_id)
-        if not len(found):
-            raise ConfigError(f"slice_id={cfg.slice_id} is not in the validation split")
-        i = int(found[0])
-    out = Path(cfg.out) if cfg.out else checkpoint.path.parent / "monitor" / f"step_{checkpoint.step:08d}"
-    model = model_config(checkpoint)
-    window = checkpoint.meta["config"]["aug"]["window"]
-    stats = draw_monitor(
-        load_backbone(checkpoint).to(hardware.device),
-        read_slice(val, store, i),
-        window=WindowConfig(**window),
-        size=model.img_size,
-        device=hardware.device,
-        out=out,
-        title=f"step {checkpoint.step}, slice {val.slice_id[i]}",
-    )
-    for name in ("input.png", "heatmap.png", "stats.json"):
-        console.print(str(out / name), markup=False)
-    verdict = "expected above 0.001" if stats["std"] > 0.001 else "BELOW 0.001: the features may have collapsed"
-    console.print(f"std {stats['std']:.5f} ({verdict}), normalised {stats['std_normalised']:.3f}", markup=False)
-    return stats
-
-
-def checkpoint_summary(path: str | Path) -> list[str]:
-    """Lines on one checkpoint: step, centre, weights, entropy hints. For `scripts/check_checkpoint.py`."""
-    checkpoint = checkpoints.load(path, lazily=True)
-    meta, model = checkpoint.meta, checkpoint.state["model"]
-    k = meta["config"]["loss"]["out_dim"]
-    center = model["dino_center"].float()
-    temperature = meta["config"]["loss"]["dino"]["teacher_temperature"]
-    probs = torch.softmax(center / temperature, dim=0)
-    entropy = float(-torch.special.xlogy(probs, probs).sum())
-    lines = [
-        f"{checkpoint.path}",
-        f"  step {meta['step']}  samples {meta['samples_seen']}  model {meta['config']['model']['name']}  "
-        f"git {meta['git_commit']}  data {meta['data_manifest_hash']}",
-        f"  centre: norm {float(center.norm()):.4f}  std {float(center.std()):.5f}  min {float(center.min()):.4f}  "
-        f"max {float(center.max()):.4f}",
-        f"  entropy of softmax(centre / {temperature:g}): {entropy:.4f} of ln K = {math.log(k):.4f}"
-        + ("  (near uniform)" if entropy > 0.99 * math.log(k) else ""),
-    ]
-    for side in ("student", "teacher"):
-        weights = {n: v.float() for n, v in model.items() if n.startswith(f"{side}.")}
-        bad = [n for n, v in weights.items() if not torch.isfinite(v).all()]
-        count = sum(v.numel() for v in weights.values())
-        mean = sum(float(v.sum()) for v in weights.values()) / count
-        std = (sum(float((v - mean).square().sum()) for v in weights.values()) / count) ** 0.5
-        largest = max(float(v.abs().max()) for v in weights.values())
-        state = f"NOT FINITE: {', '.join(bad[:3])}" if bad else "finite"
-        lines.append(
-            f"  {side}: {count / 1e6:.1f} M weights  mean {mean:+.5f}  std {std:.5f}  largest {largest:.3f}  {state}"
-        )
-    gap = sum(
-        float((model[f"student.{n}"].float() - v.float()).square().sum())
-        for n, v in ((n.removeprefix("teacher."), v) for n, v in model.items() if n.startswith("teacher."))
-    )
-    lines.append(f"  distance student - teacher: {gap**0.5:.4f}")
-    return lines

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinoct.evals.features import PairFeatures
-
 
 def key_ranks(first: Tensor, second: Tensor, *, chunk: int = 1024) -> np.ndarray:
     """Rank of the right key for each query, 0 best.
@@ -64,29 +62,58 @@ class Retrieval:
         }
 
 
-def score(features: PairFeatures) -> Retrieval:
-    """Retrieval scores of the first views as queries among the second views.
+def score(first: Tensor, second: Tensor) -> Retrieval:
+    """Retrieval scores of the first views ``[n, D]`` as queries among the second views ``[n, D]``.
 
     Raises:
         ValueError: for fewer than two slices.
     """
-    n = len(features.first)
+    n = len(first)
     if n < 2:
         raise ValueError("view retrieval needs at least two slices")
-    ranks = key_ranks(features.first, features.second)
+    ranks = key_ranks(first, second)
     return Retrieval(n, float((ranks < 1).mean()), float((ranks < 5).mean()), ranks / (n - 1))
 
 
-def bootstrap_difference(
-    a: np.ndarray, b: np.ndarray, *, draws: int, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of mean(a - b) over paired queries (Efron 1979).
+def one_per_series(series: np.ndarray) -> np.ndarray:
+    """Places of the first slice of each series: a gallery in which no key is the query's neighbour."""
+    return np.sort(np.unique(series, return_index=True)[1])
 
-    The queries of one patient are not independent: with few patients the interval is narrower than the truth.
+
+def score_hard(queries: Tensor, right: Tensor, wrong: Tensor) -> dict[str, float]:
+    """Can a view tell its own slice from the slices beside it?
+
+    Args:
+        queries, right: ``[m, D]`` first and second views of the same slices.
+        wrong: ``[m, k, D]`` second views of their neighbours in the series.
+    Returns:
+        top1 among the k + 1 keys (ties count as lost), its chance level, and m.
     """
-    difference = a - b
+    keys = F.normalize(torch.cat([right.unsqueeze(1), wrong], dim=1).float(), dim=-1)  # [m, 1 + k, D]
+    similarity = (keys @ F.normalize(queries.float(), dim=-1).unsqueeze(-1)).squeeze(-1)  # [m, 1 + k]
+    won = similarity[:, 0] > similarity[:, 1:].max(dim=1).values
+    return {"top1": float(won.float().mean()), "chance": 1 / keys.shape[1], "n": len(queries)}
+
+
+def bootstrap_mean(
+    values: np.ndarray, patients: np.ndarray, *, draws: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, drawing whole patients (Efron 1979; Field and Welsh 2007).
+
+    Slices of one patient are not independent: drawing slices would make the interval narrower than the truth. Where
+    there is one patient alone, slices are drawn for want of better.
+
+    Args:
+        values: ``[n]`` one figure per slice.
+        patients: ``[n]`` code of each slice's patient.
+    """
+    found, which = np.unique(patients, return_inverse=True)
+    if len(found) == 1:
+        which = np.arange(len(values))
+    sums, counts = np.bincount(which, weights=values), np.bincount(which)
     rng = np.random.default_rng(seed)
-    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(draws)]
+    drawn = rng.integers(len(sums), size=(draws, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
@@ -110,3 +137,9 @@ def dispersion(features: Tensor) -> dict[str, float]:
         "mean_cosine": float((x.sum(dim=0).square().sum() - n) / (n * (n - 1))),
         "effective_rank": float(torch.exp(-torch.special.xlogy(p, p).sum())),
     }
+
+
+def spectrum(features: Tensor, most: int = 256) -> list[float]:
+    """Singular values of the L2-normalised features ``[n, D]``, the largest first, as shares of their sum."""
+    values = torch.linalg.svdvals(F.normalize(features.float(), dim=-1).double())
+    return (values / values.sum())[:most].tolist()

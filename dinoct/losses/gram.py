@@ -1,5 +1,7 @@
 """Gram anchoring (Siméoni et al. 2025, DINOv3, arXiv:2508.10104): patches keep the teacher's mutual similarities."""
 
+import math
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,3 +31,20 @@ def gram_loss_per_patch(student: Tensor, teacher: Tensor) -> Tensor:
 def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of `gram_loss_per_patch` over patches and images: a scalar."""
     return gram_loss_per_patch(student, teacher).mean()
+
+
+def resize_patches(tokens: Tensor, *, patches: int) -> Tensor:
+    """Bring the patch tokens of a larger image onto a coarser grid, before they are normalised.
+
+    Bicubic with an antialiasing filter, as for pictures: each coarse patch is a smooth mean of the fine ones under it.
+
+    Args:
+        tokens: ``[B, Q, D]``, row-major on a square grid.
+        patches: patches of the square grid wanted.
+    Returns:
+        ``[B, patches, D]``, float32.
+    """
+    side, wanted = math.isqrt(tokens.shape[1]), math.isqrt(patches)
+    grid = tokens.float().transpose(1, 2).unflatten(2, (side, side))  # [B, D, q, q]
+    grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
+    return grid.flatten(2).transpose(1, 2)

@@ -25,6 +25,7 @@ class CropBatch:
     mask_weights: Tensor | None  # [M] 1 / masked patches of the same crop
     groups: Tensor  # [B] number of the slice's series
     positions: list[int]  # [B] positions in the sample order
+    gram_crops: Tensor | None = None  # [Vg * B, 1, G, G] the global crops at the Gram teacher's size, where it differs
 
     def to(self, device: torch.device) -> "CropBatch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -136,13 +137,20 @@ class SelfDistillation(nn.Module):
     def _teach(self, batch: CropBatch, temperature: float) -> "TeacherOutput":
         cls, patches = self.teacher.backbone(batch.global_crops)
         logits = self.teacher.dino_head(cls).float()  # [Vg * B, K]
-        own = self.gram_teacher is None or (self.cfg.gram.teacher == "snapshot" and not self.taken_at())
-        gram_patches = patches if own else self.gram_teacher(batch.global_crops)[1]
-        out = TeacherOutput(cls.float(), self._target("dino", logits, temperature), gram_patches)
+        out = TeacherOutput(cls.float(), self._target("dino", logits, temperature), self._gram_patches(batch, patches))
         if self.teacher.ibot_head is not None and batch.masked is not None:
             masked = self.teacher.ibot_head(patches.flatten(0, 1)[batch.masked]).float()  # [M, K]
             out.patch_probs = self._target("ibot", masked, temperature)
         return out
+
+    def _gram_patches(self, batch: CropBatch, patches: Tensor) -> Tensor:
+        """The Gram teacher's patch tokens ``[Vg * B, P, D]`` on the student's grid; `patches` are the EMA teacher's."""
+        waiting = self.cfg.gram.teacher == "snapshot" and not self.taken_at()
+        own = self.gram_teacher is None or waiting
+        if batch.gram_crops is None:
+            return patches if own else self.gram_teacher(batch.global_crops)[1]
+        fine = (self.teacher.backbone if own else self.gram_teacher)(batch.gram_crops)[1]
+        return losses.resize_patches(fine, patches=patches.shape[1])
 
     def _target(self, name: str, logits: Tensor, temperature: float) -> Tensor:
         """Teacher logits ``[N, K]`` to probabilities; notes the sum for the centre."""

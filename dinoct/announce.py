@@ -1,0 +1,56 @@
+"""What a training command says before it starts: what is about to run, and what `auto` chose."""
+
+import math
+
+from dinoct.console import log
+from dinoct.hardware import Hardware
+from dinoct.plan import RunPlan
+from dinoct.validate import teach
+
+
+def announce(
+    plan: RunPlan, hardware: Hardware, *, parameters: int, slices: tuple[int, int], horizon: int, notes: list[str]
+) -> None:
+    """Log the run's machine, model, data, length, warnings and, where it goes on from a checkpoint, what changed.
+
+    Args:
+        plan: of the run.
+        hardware: as it was filled.
+        parameters: weights of the backbone.
+        slices: to train on, and held out.
+        horizon: length of the schedules in steps.
+        notes: what starting from other weights changed.
+    """
+    cfg = plan.cfg
+    for line in hardware.lines():
+        log.info("  %s", line)
+    log.info(
+        "model %s: %.1f M parameters, patch %d, %d px",
+        cfg.model.name, parameters / 1e6, cfg.model.patch, cfg.model.img_size,
+    )  # fmt: skip
+    log.info("data: %d slices to train on, %d held out; views: %s", *slices, cfg.aug.name)
+    log.info(
+        "steps: %s; effective batch %d; schedules over %d steps; ln K %.4f",
+        cfg.train.max_steps or "no limit, Ctrl+C saves and stops",
+        hardware.batch_size * hardware.accumulation_steps,
+        horizon,
+        math.log(cfg.loss.out_dim),
+    )
+    for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size)]:
+        log.warning(line)
+    for line in notes:
+        log.info(line)
+    if plan.checkpoint is not None:
+        _announce_resume(plan, hardware)
+
+
+def _announce_resume(plan: RunPlan, hardware: Hardware) -> None:
+    before = plan.checkpoint.meta["hardware"]
+    log.info("resuming at step %d from %s", plan.checkpoint.step, plan.checkpoint.path)
+    for line in plan.changes:
+        log.info("  changed: %s", line)
+    if (before["platform"], before["card"]) != (hardware.platform, hardware.card):
+        log.warning(
+            "platform changed: %s (%s) -> %s (%s); this hardware's settings apply",
+            before["platform"], before["card"], hardware.platform, hardware.card,
+        )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Masks of a structure, such as the lungs, where there are some: joined to the index for the probes.
+
+`ROOT/_masks/SERIES.npz` holds `rows` int32 [m] (rows of the series' array) and `mask` uint8 [m, H, W], 1 inside. Keys
+are hashes, so the masks name nobody.
+"""
+
+import os
+import tempfile
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from dinoct.data.catalog import Catalog
+from dinoct.data.index import TEMPORARY, SliceIndex
+from dinoct.data.views import letterbox
+from dinoct.errors import DinoctError
+
+FOLDER = "_masks"
+
+
+def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
+    """Take over masks that lie beside the DICOM files of a data set.
+
+    A file `*.npz` under `source` holds `mask` [n, H, W] (not 0: inside) and `files` [n]: the names of the n DICOM files
+    in the same folder. It needs the map in `ROOT/_private`.
+
+    Returns:
+        The folder, the number of slices with a mask, and the number of those that are not in the data set.
+    Raises:
+        DinoctError: no such files, or none of their slices in the data set.
+    """
+    root, source = Path(root), Path(source)
+    database = root / "_private" / "catalog.sqlite"
+    if not database.is_file():
+        raise DinoctError(f"{root} has no _private/catalog.sqlite: it was not prepared here, or its map was removed")
+    found = [path for path in sorted(source.rglob("*.npz")) if path.is_file()]
+    if not found:
+        raise DinoctError("masks: there is no .npz under the folder that was given")
+    catalog = Catalog(database)
+    try:
+        counts = [_take_over(path, catalog, root / FOLDER, number) for number, path in enumerate(found, 1)]
+    finally:
+        catalog.close()
+    known, strange = (sum(column) for column in zip(*counts, strict=True))
+    if not known:
+        raise DinoctError(f"masks: none of the {strange} slices of {len(found)} files is in {root}")
+    return root / FOLDER, known, strange
+
+
+def _take_over(path: Path, catalog: Catalog, out: Path, number: int) -> tuple[int, int]:
+    """Write one file's masks by series; returns how many slices the data set knows, and how many not."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            masks, files = content["mask"], [str(name) for name in content["files"]]
+        if masks.ndim != 3 or len(masks) != len(files):
+            raise ValueError
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # its path may hold a name
+        raise DinoctError(f"masks: .npz number {number} has no `mask` [n, H, W] with `files` [n]") from None
+    query = "SELECT s.series, s.row FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
+    parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for i, name in enumerate(files):
+        place = catalog.db.execute(query, (os.fsencode(os.path.abspath(path.parent / name)),)).fetchone()
+        if place:
+            parts[place[0]].append((place[1], i))
+    for series, pairs in parts.items():
+        rows, places = zip(*sorted(pairs), strict=True)
+        _write(out / f"{series}.npz", rows=np.array(rows, np.int32), mask=(masks[list(places)] != 0).astype(np.uint8))
+    known = sum(map(len, parts.values()))
+    return known, len(files) - known
+
+
+def _write(path: Path, **arrays: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(name, path)
+
+
+class MaskStore:
+    """Reads masks; the series read last stays in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._last: tuple[str, dict[int, np.ndarray]] = ("", {})
+
+    def rows_with_mask(self, index: SliceIndex) -> np.ndarray:
+        """Rows of an index whose slices have a mask."""
+        have = {path.stem for path in self.folder.glob("*.npz")}
+        covered = np.flatnonzero(np.array([name in have for name in index.series_names], dtype=bool)[index.series])
+        return np.array([i for i in covered if int(index.row[i]) in self._of(index, i)], dtype=int)
+
+    def read(self, index: SliceIndex, i: int) -> np.ndarray:
+        """Mask of slice i, ``[N, N]`` uint8, letterboxed as `read_slice` does with the slice.
+
+        Raises:
+            DinoctError: where its shape is not the slice's.
+        """
+        mask = self._of(index, i)[int(index.row[i])]
+        if mask.shape != (index.rows[i], index.cols[i]):
+            raise DinoctError(f"the mask of slice {index.slice_id[i]} is {mask.shape}, not the slice's shape")
+        # Air is what a slice is padded with; a mask is padded with 0.
+        spacing = (float(index.spacing_row_mm[i]), float(index.spacing_col_mm[i]))
+        return np.maximum(letterbox(mask.astype(np.int16), spacing), 0).astype(np.uint8)
+
+    def _of(self, index: SliceIndex, i: int) -> dict[int, np.ndarray]:
+        series = index.series_name(int(i))
+        if self._last[0] != series:
+            with np.load(self.folder / f"{series}.npz", allow_pickle=False) as content:
+                self._last = (series, dict(zip(content["rows"].tolist(), content["mask"], strict=True)))
+        return self._last[1]

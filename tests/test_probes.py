@@ -1,0 +1,268 @@
+"""The probes: known geometry, features with a known answer, and the whole of them on a phantom."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import TINY, run
+
+from dinoct.config import ProbeConfig
+from dinoct.data.dataset import read_slice
+from dinoct.data.index import SliceIndex
+from dinoct.data.masks import MaskStore, write_masks
+from dinoct.data.store import SliceStore
+from dinoct.data.views import ViewSpec, sample_view
+from dinoct.errors import ConfigError, DinoctError
+from dinoct.evals.correspondence import compare, matching_patches
+from dinoct.evals.features import neighbours, patch_hu
+from dinoct.evals.judge import checks, figure
+from dinoct.evals.linear import label_probes, position_probe, relative_position, series_purity, shortcut_probe
+from dinoct.evals.retrieval import one_per_series, score_hard
+from dinoct.evals.structure import dice
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# --- patch correspondence -----------------------------------------------------------------------------------------
+
+
+def test_patches_match_where_the_pixels_do():
+    """A slice whose pixels hold their own place: what a patch shows says where it lies, whatever crop and flip."""
+    size, grid = 256, 8
+    rows, cols = np.mgrid[0:size, 0:size]
+    spec = ViewSpec(size=64, scale=(0.4, 1.0), ratio=(0.75, 1.33), flip=0.5, window=ProbeConfig().window)
+    for seed in range(20):
+        draw = rng(seed)
+        views = [sample_view(draw, spec, rows) for _ in range(2)]
+        boxes = torch.tensor([[[v.top, v.left, v.height, v.width, v.flip] for v in views]], dtype=torch.float32)
+        match, inside = matching_patches(boxes, grid)
+        y, x = (
+            [patch_hu(plane.astype(np.float32), view, grid).ravel() for view in views] for plane in (rows, cols)
+        )  # the place that each patch shows
+        assert inside.any()
+        far = np.hypot(y[0] - y[1][match[0]], x[0] - x[1][match[0]])[inside[0].numpy()]
+        reach = np.hypot(views[1].height, views[1].width) / grid / 2  # half a patch's diagonal
+        assert far.max() <= reach + 1.0
+
+
+def test_a_perfect_encoder_finds_its_patches_and_a_blind_one_does_not():
+    place = torch.eye(16).expand(2, 16, 16)
+    match = torch.stack([torch.arange(16), torch.arange(16).flip(0)])
+    second = torch.stack([place[0], place[1][match[1]]])
+    valid = torch.ones(2, 16, dtype=torch.bool)
+    perfect = compare(place, second, match, valid)
+    assert perfect[:, 0].tolist() == [1, 1]
+    assert perfect[:, 1:].abs().max() == 0
+    constant = compare(torch.ones(2, 16, 4), torch.ones(2, 16, 4), match, valid)
+    assert constant[:, 2].tolist() == [0.5, 0.5]
+    nowhere = compare(place, second, match, torch.zeros(2, 16, dtype=torch.bool))
+    assert nowhere.isnan().all()
+
+
+# --- probes on features --------------------------------------------------------------------------------------------
+
+
+def test_hard_negatives_are_the_slices_beside(phantom_root):
+    index = SliceIndex.load(phantom_root / "_index" / "index.csv")
+    places, beside = neighbours(index, np.arange(len(index)), [-1, 2])
+    assert len(places) == len(np.unique(index.series)) * (8 - 3)  # the first and the last two have not all
+    for place, (before, behind) in zip(places, beside, strict=True):
+        assert index.series[before] == index.series[place] == index.series[behind]
+        assert (index.row[before], index.row[behind]) == (index.row[place] - 1, index.row[place] + 2)
+    x = torch.from_numpy(rng().normal(size=(50, 8)))
+    other = torch.from_numpy(rng(1).normal(size=(50, 4, 8)))
+    assert score_hard(x, 3 * x, other)["top1"] == 1
+    assert score_hard(x, x, x.unsqueeze(1).expand(-1, 4, -1))["top1"] == 0  # ties are lost
+    assert one_per_series(np.array([3, 3, 1, 3, 1, 2])).tolist() == [0, 2, 5]
+
+
+def test_the_place_in_the_body_is_read_on_other_patients():
+    fit_target, target = rng(0).random(200), rng(1).random(100)
+    fit_target[:5] = np.nan
+    knows = {"fit": rng(2).normal(size=(200, 6)), "judged": rng(3).normal(size=(100, 6))}
+    knows["fit"][:, 2], knows["judged"][:, 2] = np.nan_to_num(fit_target) * 9, target * 9
+    got = position_probe({"a": knows["fit"]}, fit_target, {"a": knows["judged"]}, target)["a"]
+    assert got["r2"] > 0.95
+    assert got["spearman"] > 0.95
+    assert got["mean_absolute_error"] < 0.05
+    blind = position_probe({"a": rng(4).normal(size=(200, 6))}, fit_target, {"a": knows["judged"][:, :6] * 0}, target)
+    assert blind["a"]["r2"] < 0.1
+    assert "not_measured" in position_probe({}, fit_target * np.nan, {}, target)
+
+
+def test_relative_position_goes_by_z_within_a_series():
+    class Index:  # the columns it looks at
+        series = np.repeat([1, 0], [12, 9])
+        z_mm = np.concatenate([np.arange(12) * -2.5, np.arange(9.0)])
+
+        def __len__(self):
+            return 21
+
+    got = relative_position(Index())
+    assert got[:12].tolist() == pytest.approx(np.linspace(1, 0, 12).tolist())
+    assert np.isnan(got[12:]).all()  # too short for a place to mean something
+
+
+def test_a_scanner_that_shows_in_the_features_is_found_and_a_patients_own_mark_is_not_mistaken_for_it():
+    patients = np.repeat(np.arange(12), 20)
+    vendor = np.where(patients % 2, "A", "B")
+    marked = rng(0).normal(size=(240, 8))
+    marked[:, 0] += 4 * (patients % 2)
+    clean = rng(1).normal(size=(240, 8)) + rng(2).normal(size=(12, 8))[patients]  # each patient his own place
+    got = shortcut_probe({"marked": marked, "clean": clean}, vendor, patients)
+    assert got["marked"]["balanced_accuracy"] > 0.9
+    assert got["clean"]["balanced_accuracy"] < 0.75
+    assert got["marked"]["chance"] == 0.5
+    lone = np.where(patients == 3, "C", "A")
+    assert "not_measured" in shortcut_probe({"marked": marked}, lone, patients)
+
+
+def test_labels_are_read_by_neighbours_and_by_a_linear_layer():
+    codes, fit_codes = rng(0).integers(0, 2, 60), rng(1).integers(0, 2, 90)
+    fit_codes[:10] = -1
+    fit, judged = rng(2).normal(size=(90, 5)) / 5, rng(3).normal(size=(60, 5)) / 5
+    fit[:, 1] += 8 * (2 * fit_codes - 1)
+    judged[:, 1] += 8 * (2 * codes - 1)
+    got = label_probes({"a": fit}, fit_codes, {"a": judged}, codes)["a"]
+    assert min(got.values()) > 0.95
+    assert set(got) == {"knn_balanced_accuracy", "linear_balanced_accuracy", "linear_auroc"}
+    assert "not_measured" in label_probes({"a": fit}, fit_codes, {"a": judged}, np.zeros(60, int))
+
+
+def test_purity_counts_neighbours_of_the_same_series():
+    series = np.repeat(np.arange(4), 25)
+    apart = np.eye(4)[series] + rng().normal(0, 0.01, (100, 4))
+    got = series_purity({"apart": apart, "mixed": rng(1).normal(size=(100, 4))}, series)
+    assert got["apart"]["purity"] == 1
+    assert got["mixed"]["purity"] == pytest.approx(got["mixed"]["chance"], abs=0.06)
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masked_root(tmp_path_factory):
+    """A prepared phantom with a mask of its dark parts inside the body beside each series' files, and labels."""
+    from dinoct.data.labels import load_labels
+    from dinoct.data.phantom import PhantomSpec, write_phantom
+    from dinoct.data.pipeline import PrepareOptions, prepare_dataset
+    from dinoct.data.privacy import write_salt
+
+    root = tmp_path_factory.mktemp("masked")
+    write_salt(root, b"phantom " * 4)
+    write_phantom(root / "dicom", PhantomSpec(patients=5, slices=12, size=96))
+    prepare_dataset([root / "dicom"], root, PrepareOptions(workers=0, val_fraction=0.3))
+    import pydicom
+
+    for folder in {path.parent for path in (root / "dicom").rglob("*") if path.is_file()}:
+        files = sorted(path.name for path in folder.iterdir())[::-1]  # another order than the store's
+        pixels = [pydicom.dcmread(folder / name) for name in files]
+        hu = np.stack([p.pixel_array * float(p.RescaleSlope) + float(p.RescaleIntercept) for p in pixels])
+        np.savez(folder / "lung_mask.npz", mask=((hu > -960) & (hu < -600)).astype(np.uint8) * 3, files=files)
+    index = SliceIndex.load(root / "_index" / "index.csv")
+    high = index.z_mm > np.median(index.z_mm)
+    lines = [f"{key},{'high' if up else 'low'}" for key, up in zip(index.slice_id, high, strict=True)]
+    (root / "_index" / "labels.csv").write_text("\n".join(["key,label", *lines]) + "\n")
+    assert len(load_labels(root / "_index" / "labels.csv", index).names) == 2
+    return root
+
+
+def test_masks_find_their_slices_by_the_name_of_the_file(masked_root):
+    folder, known, strange = write_masks(masked_root / "dicom", masked_root)
+    index = SliceIndex.load(masked_root / "_index" / "index.csv")
+    store, masks = SliceStore(masked_root / "store"), MaskStore(folder)
+    assert (known, strange) == (len(index), 0)
+    rows = masks.rows_with_mask(index)
+    assert rows.tolist() == list(range(len(index)))
+    for i in rows[::7]:
+        hu, mask = read_slice(index, store, int(i)), masks.read(index, int(i))
+        assert set(np.unique(mask)) <= {0, 1}
+        assert np.array_equal(mask > 0, (hu > -960) & (hu < -600))
+
+
+def test_masks_that_are_none_say_so(masked_root, tmp_path):
+    with pytest.raises(DinoctError, match=r"no \.npz"):
+        write_masks(tmp_path, masked_root)
+    np.savez(tmp_path / "name_of_a_patient.npz", mask=np.zeros((2, 4, 4)), files=["a"])
+    with pytest.raises(DinoctError, match="number 1 has no") as error:
+        write_masks(tmp_path, masked_root)
+    assert "patient" not in str(error.value)
+    np.savez(tmp_path / "name_of_a_patient.npz", mask=np.zeros((1, 4, 4)), files=["a"])
+    with pytest.raises(DinoctError, match="none of the 1 slices"):
+        write_masks(tmp_path, masked_root)
+
+
+def test_dice():
+    a, b = np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)
+    assert dice(a, b) == 0.5
+    assert dice(a, a) == dice(a & False, a & False) == 1
+    assert dice(a, ~a) == 0
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def test_eval_measures_what_the_data_supports_and_says_why_not_the_rest(masked_root, workplace, capfd):
+    write_masks(masked_root / "dicom", masked_root)
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=4", "ckpt.every=2", "run_dir=r") == 0
+    status = run("eval", "checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe.bootstrap=50")
+    assert status in (0, 2)
+    text = capfd.readouterr().out
+    assert "curve over 2 checkpoints" in text
+    report = json.loads((workplace / "r" / "view_retrieval_step00000004_N24.json").read_text())
+    probes = report["probes"]
+    for name in ("correspondence", "hard_negatives", "position", "labels", "masks", "purity", "one_per_series"):
+        assert "trained" in probes[name], name
+        assert "random_init" in probes[name], name
+    assert 0 <= probes["masks"]["pixels"]["dice"] <= 1
+    assert 0 <= probes["correspondence"]["trained"]["mean_percentile_rank"] <= 1
+    curve = json.loads((workplace / "r" / "view_retrieval_curve_N24.json").read_text())["points"]
+    assert [point["step"] for point in curve] == [2, 4]
+    for picture in ("view_retrieval_step00000002_N24.png", "view_retrieval_curve_N24.png"):
+        assert (workplace / "r" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_probes_are_chosen_by_group_and_by_key(masked_root, workplace, capfd):
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
+    quick = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe.bootstrap=20"]
+    assert run("eval", *quick, "probe=view_retrieval") in (0, 2)
+    path = workplace / "r" / "view_retrieval_step00000001_N24.json"
+    assert set(json.loads(path.read_text())["probes"]) == {"one_per_series"}
+    rule = 'probe.rules=["probes/purity/trained/purity >= 2.0"]'
+    assert run("eval", *quick, "probe.probes=[purity]", rule) == 2
+    assert "FAIL  probes/purity/trained/purity" in capfd.readouterr().out
+    assert run("eval", *quick, "probe.rules=[dice]") == 1
+    assert '"dice" is not FIGURE >= NUMBER' in capfd.readouterr().err
+    assert run("eval", *quick, "probe.probes=[beauty]") == 1
+    assert "probe.probes must be one of" in capfd.readouterr().err
+    assert run("eval", *quick, "probe.masks=nowhere") == 1
+    assert "probe.masks: there is no folder" in capfd.readouterr().err
+    assert run("eval", "checkpoint=.", "n=24") == 1
+    assert "there is no checkpoint_*.pth" in capfd.readouterr().err
+
+
+def test_a_rule_about_a_figure_that_is_not_there_names_what_is():
+    report = {"ratio": 2.0, "probes": {"masks": {"trained": {"dice": 0.5}}}}
+    assert figure(report, "probes/masks/trained/dice") == 0.5
+    with pytest.raises(ConfigError, match=r"trained is not in|random is not in: trained"):
+        figure(report, "probes/masks/random/dice")
+    assert checks.__doc__
+
+
+def test_an_evaluation_is_a_wandb_run_of_its_own_in_the_runs_group(masked_root, workplace):
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
+    arguments = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe=view_retrieval"]
+    assert run("eval", *arguments, "tracker=default", "probe.bootstrap=20") in (0, 2)
+    file = next((workplace / "r" / "wandb").glob("offline-run-*/run-*.wandb"))
+    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", file]  # the official reader
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert re.search(r'"job_?[tT]ype": *"eval"', told)
+    assert re.search(r'"(run_?)?[gG]roup": *"r"', told)
+    assert "Eval/mean_percentile_rank" in told
