@@ -11,8 +11,8 @@ from dinoct.config import DoctorConfig, to_object
 
 def task(composed: DictConfig) -> Outcome:
     """Print the findings as they come; imports torch only now."""
-    from dinoct.checkup import check_up
-    from dinoct.findings import FAIL, WARN, show
+    from dinoct.checkup.findings import FAIL, WARN, show
+    from dinoct.checkup.report import check_up
 
     cfg = to_object(composed)
     named = any(override.startswith("data") for override in HydraConfig.get().overrides.task)

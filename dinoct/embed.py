@@ -12,7 +12,7 @@ from dinoct.prepare import refuse_sweep
 
 
 def task(composed: DictConfig) -> Outcome:
-    from dinoct.embedding import embed_slices
+    from dinoct.delivery.embedding import embed_slices
 
     embed_slices(to_object(composed))
     return Outcome()

@@ -9,7 +9,7 @@ from dinoct.config import ExportConfig, to_object
 
 
 def task(composed: DictConfig) -> Outcome:
-    from dinoct.handover import export_encoder
+    from dinoct.delivery.formats import export_encoder
 
     export_encoder(to_object(composed))
     return Outcome()

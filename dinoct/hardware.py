@@ -84,7 +84,7 @@ def keep_effective_batch(hardware: Hardware, effective: int) -> Hardware:
 
 def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardware:
     """Fill every value that is null or auto. On a card ``train.batch_size=auto`` is the preset's until it was tried out
-    (`dinoct.batchsize`).
+    (`dinoct.checkup.batchsize`).
 
     Raises:
         ConfigError: if a device is asked for that is not there.

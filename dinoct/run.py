@@ -12,7 +12,7 @@ import torch
 from dinoct import checkpoint as checkpoints
 from dinoct import provenance
 from dinoct.announce import announce
-from dinoct.batchsize import fit_batch
+from dinoct.checkup.batchsize import fit_batch
 from dinoct.cli import DONE, FAILED, Outcome
 from dinoct.config import build_engine
 from dinoct.console import log, run_log
@@ -81,7 +81,7 @@ def _replay(plan: RunPlan, hardware: Hardware, data: tuple) -> Outcome:
 
 def _preflight(plan: RunPlan, hardware: Hardware, data: tuple) -> Outcome:
     """The run's own engine, in no folder, takes a few steps that are thrown away."""
-    from dinoct.preflight import check_memory, out_of_memory, preflight
+    from dinoct.checkup.preflight import check_memory, out_of_memory, preflight
 
     with run_log():
         try:

@@ -12,7 +12,7 @@ def __getattr__(name: str) -> type:
     """`dinoct.runs.SweepSummary`, which conf/train.yaml names; a table alone does not wait for Hydra."""
     if name != "SweepSummary":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dinoct.sweep import SweepSummary
+    from dinoct.compare.sweep import SweepSummary
 
     return SweepSummary
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", metavar="FILE", help="write a page with curves and pictures into FILE")
     typed = parser.parse_args(arguments)
 
-    from dinoct.runreport import compare, show
+    from dinoct.compare.report import compare, show
 
     try:
         if typed.words[0] == "show":

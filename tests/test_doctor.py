@@ -8,9 +8,9 @@ import torch
 from commands import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dinoct import checkup, checkup_machine, machine
+from dinoct.checkup import machine, machine_lines, report
+from dinoct.checkup.findings import FAIL, OK, WARN
 from dinoct.config import HardwareConfig
-from dinoct.findings import FAIL, OK, WARN
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def rocm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 10**9, 96 * 10**9))
     monkeypatch.delenv("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", raising=False)
-    monkeypatch.setattr(checkup_machine, "AMD", machine.MEMINFO)
+    monkeypatch.setattr(machine_lines, "AMD", machine.MEMINFO)
 
 
 def test_on_rocm_the_variable_for_fused_attention_is_named(rocm, workplace, capfd):
@@ -94,15 +94,15 @@ def test_on_rocm_the_variable_for_fused_attention_is_named(rocm, workplace, capf
 
 def test_with_the_variable_set_nothing_is_asked_for(rocm, monkeypatch):
     monkeypatch.setenv("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")
-    finding = checkup_machine.rocm_attention(amp=True)
+    finding = machine_lines.rocm_attention(amp=True)
     assert (finding.level, finding.todo) == (OK, "")
     assert "not run" in finding.text
 
 
 def test_a_torch_that_does_not_fit_the_driver_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(checkup_machine, "NVIDIA", machine.MEMINFO)
-    build = next(checkup_machine.torch_build())
+    monkeypatch.setattr(machine_lines, "NVIDIA", machine.MEMINFO)
+    build = next(machine_lines.torch_build())
     assert build.level == WARN
     assert "CUDA build" in build.todo
 
@@ -117,9 +117,9 @@ def test_a_card_that_is_not_there_fails(workplace, capfd):
 
 def test_the_kernel_of_attention_is_the_one_that_ran():
     cpu = torch.device("cpu")
-    assert checkup_machine.attention_kernel(cpu, torch.float32) == "flash"
+    assert machine_lines.attention_kernel(cpu, torch.float32) == "flash"
     with sdpa_kernel(SDPBackend.MATH):
-        assert checkup_machine.attention_kernel(cpu, torch.float32) == "math"
+        assert machine_lines.attention_kernel(cpu, torch.float32) == "math"
 
 
 def test_limits_of_a_container_count(tmp_path, monkeypatch):
@@ -134,8 +134,8 @@ def test_limits_of_a_container_count(tmp_path, monkeypatch):
     assert machine.ram().total == 3_000_000_000
     assert machine.ram().free <= 2_000_000_000
     assert machine.usable_cores() == 0.5
-    assert next(checkup_machine.memory()).level == WARN
-    (finding,) = checkup_machine.processor(HardwareConfig(device="cpu", num_workers=8, threads=4))
+    assert next(machine_lines.memory()).level == WARN
+    (finding,) = machine_lines.processor(HardwareConfig(device="cpu", num_workers=8, threads=4))
     assert (finding.level, finding.todo) == (WARN, "hardware.threads=1 hardware.num_workers=1")
     (tmp_path / "memory.max").write_text("max")
     (tmp_path / "cpu.max").write_text("max 100000")
@@ -147,7 +147,7 @@ def test_limits_of_a_container_count(tmp_path, monkeypatch):
 
 def test_small_shared_memory_is_named(monkeypatch):
     monkeypatch.setattr(machine, "disk", lambda path: machine.Space(64 * 10**6, 64 * 10**6))
-    *_, shared = checkup_machine.memory()
+    *_, shared = machine_lines.memory()
     assert shared.level == WARN
     assert "--shm-size" in shared.todo
 
@@ -164,11 +164,11 @@ def test_a_disk_that_cannot_be_written_fails(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(machine, "disk_speed", refuse)
-    *_, speed = checkup_machine.disks(tmp_path / "outputs" / "runs")
+    *_, speed = machine_lines.disks(tmp_path / "outputs" / "runs")
     assert speed.level == FAIL
     assert "Read-only file system" in speed.text
     monkeypatch.setattr(machine, "disk", lambda path: machine.Space(10**6, 10**9))
-    (full,) = checkup_machine.disks(tmp_path)
+    (full,) = machine_lines.disks(tmp_path)
     assert full.level == FAIL
 
 
@@ -176,7 +176,7 @@ def test_missing_decoders_name_what_brings_them(monkeypatch):
     import pydicom.pixels
 
     monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda _: SimpleNamespace(available_plugins=("pydicom",)))
-    found = {finding.text.split(":")[0]: finding for finding in checkup.decoders()}
+    found = {finding.text.split(":")[0]: finding for finding in report.decoders()}
     assert found["JPEG-LS"].level == FAIL
     assert "dinoct[gdcm]" in found["JPEG Lossless and 12-bit JPEG"].todo
     assert found["uncompressed, RLE"].level == OK
@@ -194,12 +194,12 @@ def test_the_key_of_wandb_is_needed_online_and_never_printed(workplace, capfd, m
 
 
 def test_a_key_in_netrc_counts(tmp_path, monkeypatch):
-    assert not checkup.has_key()
+    assert not report.has_key()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789abcdef\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert checkup.has_key()
+    assert report.has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not checkup.has_key()
+    assert not report.has_key()
 
 
 def test_a_check_that_breaks_does_not_end_the_report(workplace, capfd, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_check_that_breaks_does_not_end_the_report(workplace, capfd, monkeypat
         raise RuntimeError("out of order")
         yield
 
-    monkeypatch.setattr(checkup, "memory", broken)
+    monkeypatch.setattr(report, "memory", broken)
     assert run("doctor", "hardware=cpu") == 1
     said = lines(capfd.readouterr().out)
     assert said["memory"] == "FAIL RuntimeError: out of order"

@@ -18,15 +18,15 @@ from safetensors import safe_open
 
 import dinoct
 from dinoct import checkpoint as checkpoints
-from dinoct import onnx_graph
 from dinoct.data.dataset import read_slice
 from dinoct.data.dicom import read_hu
 from dinoct.data.index import SliceIndex
 from dinoct.data.store import SliceStore
 from dinoct.data.views import View, letterbox, render_view
-from dinoct.encoder import HounsfieldError
+from dinoct.delivery import onnx_graph
+from dinoct.delivery.encoder import HounsfieldError
+from dinoct.delivery.formats import published
 from dinoct.errors import CheckpointError
-from dinoct.handover import published
 from dinoct.models.backbone import Backbone
 from dinoct.models.load import initial_weights, load_backbone, model_config
 

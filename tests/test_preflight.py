@@ -9,16 +9,16 @@ import torch
 from commands import TINY, run
 from hydra import compose, initialize_config_module
 
-from dinoct import batchsize, pace, preflight
-from dinoct.batchsize import fit_batch, largest_that_fits, split_update, synthetic_batch, trial
+from dinoct.checkup import batchsize, pace, preflight
+from dinoct.checkup.batchsize import fit_batch, largest_that_fits, split_update, synthetic_batch, trial
+from dinoct.checkup.machine import Space
+from dinoct.checkup.pace import Pace, extrapolate, predict
 from dinoct.config import CkptConfig, TrainConfig, to_object
 from dinoct.data.dataset import collate
 from dinoct.data.views import ViewMaker
 from dinoct.errors import DinoctError
 from dinoct.hardware import Hardware
-from dinoct.machine import Space
 from dinoct.models.ssl import SelfDistillation
-from dinoct.pace import Pace, extrapolate, predict
 from dinoct.plan import RunPlan
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from commands import TINY, run
 
-from dinoct.compare import labels, sort_runs, telling, unfair
-from dinoct.runplots import thin
-from dinoct.runread import find_runs, read_duration, read_run
+from dinoct.compare.differ import labels, sort_runs, telling, unfair
+from dinoct.compare.plots import thin
+from dinoct.compare.read import find_runs, read_duration, read_run
+from dinoct.compare.table import fitting
 from dinoct.runs import main
-from dinoct.runtable import fitting
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
@@ -219,7 +219,7 @@ def test_an_unfair_comparison_is_named(runs, capsys):
 
 
 def test_the_table_fits_the_terminal(runs, capsys, monkeypatch):
-    from dinoct import runtable
+    from dinoct.compare import table as runtable
 
     make(runs / ("a_long_name_" * 8), settings={"loss.koleo.weight": 0.25, "loss.gram.weight": 0.1})
     for width in (80, 160):

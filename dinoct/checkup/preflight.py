@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
+from dinoct.checkup.machine import Space, card_memory, disk, ram, size_text
+from dinoct.checkup.pace import duration, loader_rate, measure, predict
 from dinoct.config import CkptConfig, TrainConfig
 from dinoct.console import log
 from dinoct.engine import Engine, NonFiniteError
 from dinoct.errors import DinoctError
 from dinoct.hardware import Hardware
-from dinoct.machine import Space, card_memory, disk, ram, size_text
 from dinoct.memory import advice, estimate, remedies
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import Network
-from dinoct.pace import duration, loader_rate, measure, predict
 from dinoct.saving import HEADROOM, state_bytes
 from dinoct.viz import draw_views, first_views, views_title
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from dinoct.compare.read import RANK, Run
 from dinoct.errors import ConfigError
-from dinoct.runread import RANK, Run
 
 PLACES = ("run_dir", "resume", "replay", "tracker")  # settings and groups that say where and not what
 FIGURES = ("rank", "last rank", "loss", "gram", "feature std", "duration")

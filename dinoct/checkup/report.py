@@ -14,13 +14,13 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from dinoct.checkup_machine import disks, hardware, memory, processor, torch_build
+from dinoct.checkup.findings import FAIL, OK, WARN, Finding
+from dinoct.checkup.machine_lines import disks, hardware, memory, processor, torch_build
 from dinoct.config import DataConfig, DoctorConfig, TrackerConfig
 from dinoct.data.dataset import data_paths, open_split
 from dinoct.data.index import SliceIndex
 from dinoct.data.store import SliceStore, checksum
 from dinoct.errors import DinoctError
-from dinoct.findings import FAIL, OK, WARN, Finding
 from dinoct.rundir import RUNS
 
 VERSIONS = ("dinoct", "torchvision", "timm", "hydra-core", "numpy", "opencv-python-headless", "pydicom", "blosc2")

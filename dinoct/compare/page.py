@@ -8,10 +8,19 @@ from html import escape
 from pathlib import Path
 
 import dinoct
-from dinoct.compare import cell, commits, data_hash, differing_choices, differing_settings, labels, telling, unfair
-from dinoct.runplots import figure_html, look, read_curves
-from dinoct.runread import Run
-from dinoct.runtable import headings, is_text, printable, readable, reason, shown
+from dinoct.compare.differ import (
+    cell,
+    commits,
+    data_hash,
+    differing_choices,
+    differing_settings,
+    labels,
+    telling,
+    unfair,
+)
+from dinoct.compare.plots import figure_html, look, read_curves
+from dinoct.compare.read import Run
+from dinoct.compare.table import headings, is_text, printable, readable, reason, shown
 
 MOST_PICTURES = 12  # runs; a picture is about 100 kB
 LONGEST_NAME = 60  # characters in the legend

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from dinoct import machine
+from dinoct.checkup import machine
+from dinoct.checkup.findings import FAIL, OK, WARN, Finding
+from dinoct.checkup.machine import size_text
 from dinoct.config import HardwareConfig
 from dinoct.errors import ConfigError
-from dinoct.findings import FAIL, OK, WARN, Finding
 from dinoct.hardware import Hardware, attention_backend, resolve
-from dinoct.machine import size_text
 from dinoct.provenance import driver_version
 
 NOT_RUN = "not run: no ROCm card was there to try it on"

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dinoct.card import METADATA_KEY
 from dinoct.data.index import SliceIndex
+from dinoct.delivery.card import METADATA_KEY
 from dinoct.errors import ConfigError, DinoctError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoct.encoder import Encoder, to_image
+from dinoct.delivery.encoder import Encoder, to_image
 from dinoct.errors import ConfigError
 
 if TYPE_CHECKING:

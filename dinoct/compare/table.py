@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dinoct.compare import (
+from dinoct.compare.differ import (
     FIGURES,
     Cell,
     cell,
@@ -24,8 +24,8 @@ from dinoct.compare import (
     telling,
     unfair,
 )
+from dinoct.compare.read import Run
 from dinoct.console import console
-from dinoct.runread import Run
 
 WIDEST_CELL = 26  # longer texts are folded
 GAP = 2

@@ -12,9 +12,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dinoct.compare import every_column, sort_runs, unfair
-from dinoct.runread import NOT_BEGUN, flatten, read_run
-from dinoct.runtable import as_csv, print_table, say
+from dinoct.compare.differ import every_column, sort_runs, unfair
+from dinoct.compare.read import NOT_BEGUN, flatten, read_run
+from dinoct.compare.table import as_csv, print_table, say
 
 
 class SweepSummary(Callback):

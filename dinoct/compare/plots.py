@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dinoct.compare.read import records
 from dinoct.errors import ConfigError
-from dinoct.runread import records
 
 PANELS = {  # tag in metrics.jsonl: heading
     "Eval/mean_percentile_rank": "mean percentile rank (0 best, 0.5 chance)",

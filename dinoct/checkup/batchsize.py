@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from dinoct.checkup.machine import card_memory
 from dinoct.config import TrainConfig
 from dinoct.data.dataset import collate
 from dinoct.data.views import ViewMaker
 from dinoct.errors import DinoctError
 from dinoct.faults import is_out_of_memory
 from dinoct.hardware import EFFECTIVE_BATCH, Hardware
-from dinoct.machine import card_memory
 from dinoct.memory import remedies
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation

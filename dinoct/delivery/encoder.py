@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dinoct import checkpoint as checkpoints
-from dinoct.card import ModelCard, fingerprint
 from dinoct.config import ModelConfig
 from dinoct.data.pixels import HU_MAX, HU_MIN
 from dinoct.data.views import AREA_FROM
+from dinoct.delivery.card import ModelCard, fingerprint
 from dinoct.errors import CheckpointError, DinoctError
 from dinoct.models.backbone import Backbone
 from dinoct.models.load import fill, load_backbone
@@ -40,8 +40,8 @@ class Features(NamedTuple):
 class Encoder(nn.Module):
     """A backbone with its preprocessing.
 
-    Attributes: `card` (see `dinoct.card`), `window` (low and high HU), `img_size`, `patch`, `dim`, `grid` (patches per
-    side), `backbone`.
+    Attributes: `card` (see `dinoct.delivery.card`), `window` (low and high HU), `img_size`, `patch`, `dim`, `grid`
+    (patches per side), `backbone`.
     """
 
     def __init__(self, backbone: Backbone, card: ModelCard):

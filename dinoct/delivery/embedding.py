@@ -26,9 +26,9 @@ from dinoct.data.dataset import read_slice, start_worker
 from dinoct.data.index import SliceIndex
 from dinoct.data.pipeline import PrepareError, PrepareOptions, Progress, prepare_dataset
 from dinoct.data.store import SliceStore
-from dinoct.encoder import Encoder, load_encoder
+from dinoct.delivery.encoder import Encoder, load_encoder
+from dinoct.delivery.feature_table import FeatureTable, check_output, write_features
 from dinoct.errors import ConfigError
-from dinoct.feature_table import FeatureTable, check_output, write_features
 from dinoct.hardware import Hardware, resolve
 
 LINE_EVERY_S = 10.0

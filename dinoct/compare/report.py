@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinoct.compare import column_of, every_column, sort_runs, unfair
+from dinoct.compare.differ import column_of, every_column, sort_runs, unfair
+from dinoct.compare.read import find_runs, read_run
+from dinoct.compare.table import as_csv, as_json, describe_run, print_table
 from dinoct.console import console
 from dinoct.errors import ConfigError
-from dinoct.runread import find_runs, read_run
-from dinoct.runtable import as_csv, as_json, describe_run, print_table
 
 
 def show(folders: Sequence[str]) -> None:
@@ -58,7 +58,7 @@ def compare(
     if json:
         write(json, as_json(runs))
     if html:
-        from dinoct.runpage import page
+        from dinoct.compare.page import page
 
         write(html, page(runs, title))
 

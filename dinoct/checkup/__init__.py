@@ -1,0 +1,1 @@
+"""Before a long run: what this machine has, what a run will take, and the batch that fits."""
