@@ -100,18 +100,20 @@ def _display() -> Iterator[Callable[[Progress], None]]:
     last = time.monotonic()
     with progress("") as bar:
         tasks: dict[str, int] = {}
+        began: dict[str, float] = {}
 
         def tell(p: Progress) -> None:
             nonlocal last
             if p.stage not in tasks:
                 tasks[p.stage] = bar.add_task(p.stage, total=p.total)
-            rate = p.done / max(p.seconds, 1e-9)
-            flow = f"{p.bytes_in / 1e6:,.0f} MB in, {p.bytes_out / 1e6:,.0f} MB out"
+                began[p.stage] = p.seconds
+            rate = p.done / max(p.seconds - began[p.stage], 1e-9)
+            flow = f"{rate:.0f}/s, {p.bytes_in / 1e6:,.0f} MB in, {p.bytes_out / 1e6:,.0f} MB out"
             bar.update(tasks[p.stage], completed=p.done, total=p.total, description=f"{p.stage} ({flow})")
             if bar.disable and time.monotonic() - last >= 10:
                 last = time.monotonic()
                 left = (p.total - p.done) / rate if rate else 0
-                console.print(f"{p.stage}: {p.done} of {p.total}, {rate:.0f}/s, {flow}, {left:.0f} s left")
+                console.print(f"{p.stage}: {p.done} of {p.total}, {flow}, {left:.0f} s left")
 
         yield tell
 
