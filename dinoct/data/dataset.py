@@ -177,6 +177,8 @@ def start_worker(_: int) -> None:
     # worker that died first would end its step. torch ends stragglers by SIGTERM, so it does end a worker, later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a launcher's handler is inherited: requeueing is not a worker's
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     cv2.setNumThreads(0)

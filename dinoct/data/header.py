@@ -62,12 +62,10 @@ class SliceHeader(NamedTuple):
 
 def raw(ds: Dataset, name: str) -> bytes:
     """Return the undecoded value of a tag, b"" where it is missing or empty."""
-    tag = TAGS[name]
-    if tag not in ds:
+    element = ds.get_item(TAGS[name])
+    if element is None or element.value is None:
         return b""
-    value = ds.get_item(tag).value
-    if value is None:
-        return b""
+    value = element.value
     if not isinstance(value, bytes):
         raise Refused(f"{name} has an unexpected form")
     return value

@@ -8,12 +8,12 @@ notice a flipped bit: `verify` compares a slice with the CRC-32 that the index h
 import os
 import re
 import secrets
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import blosc2
 import numpy as np
+from isal import isal_zlib  # the CRC-32 of zlib by the processor's carry-less products, ten times as fast
 
 from dinoct.data.index import TEMPORARY
 from dinoct.errors import DinoctError
@@ -30,7 +30,7 @@ _SERIES = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 def checksum(pixels: np.ndarray) -> str:
     """Return the CRC-32 of the little-endian int16 bytes of `pixels` [rows, cols] as 8 hex digits."""
-    return f"{zlib.crc32(np.ascontiguousarray(pixels, dtype='<i2')):08x}"
+    return f"{isal_zlib.crc32(np.ascontiguousarray(pixels, dtype='<i2')):08x}"
 
 
 def series_path(folder: Path, series: str) -> Path:
