@@ -82,7 +82,7 @@ def _cell(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    form = "{:.0f}" if all(float(value).is_integer() and abs(value) > 1 for value in known) else "{:.3f}"
+    form = "{:.0f}" if all(isinstance(value, int) for value in known) else "{:.3f}"
     text = form.format(sum(known) / len(known))
     if len(known) > 1:
         text += f" ({form.format(min(known))}-{form.format(max(known))})"
@@ -98,8 +98,11 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[str], dict[tuple[str, ...], li
     return keys, groups
 
 
-def draw(groups: dict[tuple[str, ...], list[Run]], path: Path, title: str) -> None:
-    """Mean percentile rank in training over the steps: mean of the seeds, and their range as a band."""
+def draw(groups: dict[tuple[str, ...], list[Run]], untrained: Report, path: Path, title: str) -> None:
+    """Mean percentile rank in training over the steps: mean of the seeds, and their range as a band.
+
+    `untrained` are the baselines of a report.
+    """
     from dinoct.viz.figures import SMALL, TINY, axes_at, new_figure, save
 
     figure = new_figure(8.2, 4.6, title)
@@ -114,7 +117,9 @@ def draw(groups: dict[tuple[str, ...], list[Run]], path: Path, title: str) -> No
             steps, [sum(c) / len(c) for c in columns], line, color=colour, label=" ".join(values), marker="o", ms=3
         )
         axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
-    axis.axhline(0.5, color="black", linestyle=":", linewidth=1)
+    for name, line in (("random_init", "--"), ("pixels", "-.")):
+        rank = untrained[name]["mean_percentile_rank"]
+        axis.axhline(rank, color="black", linestyle=line, linewidth=1, label=name.replace("_", " "))
     axis.set_xlabel("step", fontsize=SMALL)
     axis.set_ylabel("mean percentile rank (0 best, 0.5 chance)", fontsize=SMALL)
     axis.tick_params(labelsize=TINY)
@@ -150,7 +155,8 @@ def main() -> None:
     lines += ["| " + " | ".join([row[0], *blank[1:], "-", *row[1:]]) + " |" for row in baselines(first)]
     typed.out.mkdir(parents=True, exist_ok=True)
     (typed.out / f"{typed.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(groups, typed.out / f"{typed.name}.png", f"{typed.name}: {len(runs)} runs, n={first['n']}")
+    title = f"{typed.name}: {len(runs)} runs, {first['n']} slices of {first['patients']} patients"
+    draw(groups, first["baselines"], typed.out / f"{typed.name}.png", title)
     print("\n".join(lines))
 
 
