@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoct.errors import ConfigError, DinoctError
+from dinoct.stopping import hand_on
 
 DONE, ERROR, FAILED = 0, 1, 2
 
@@ -53,11 +54,14 @@ def run_command(
         The exit status: the task's, or 1 after an error of which one line stands on stderr.
     """
     status = DONE
+    typed = list(sys.argv)
 
     def remember(cfg: DictConfig) -> float | None:
         nonlocal status
+        sys.argv = list(typed)  # a launcher of jobs runs this in a process that another command started
         try:
             outcome = task(cfg)
+            hand_on(outcome.status)
         except Exception as error:  # here and not outside: Hydra would print the overrides beside it, and end a sweep
             complain(error, schema)
             outcome = Outcome(ERROR, float("inf"))

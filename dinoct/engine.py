@@ -90,7 +90,7 @@ class Engine:
         self.guard = FiniteGuard(hardware.device)
         self._note = StepNote(0, 0, {}, [], {})  # on the current update
         self._waited = 0.0
-        self._clock = Clock()
+        self._clock = Clock(cfg, hardware, horizon=schedules.horizon)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

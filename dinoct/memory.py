@@ -1,18 +1,25 @@
-"""Memory of a training step by formula: what the out-of-memory message advises from."""
+"""Memory of a training step by formula: what preflight and the out-of-memory message go by.
+
+Bytes are those of the tensors that live at the same moment; the allocator's fragments, the libraries' workspaces and a
+card's context (about half a GB) come on top. Attention is the fused one, whose memory does not grow with the square of
+the tokens. What a block keeps is counted as in Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, for this block:
+float32 residual stream, no dropout, LayerScale where it is on; recomputation as in section 5 there. Against a trace of
+all tensors of a step, in tests/test_memory.py, the estimate is within 10 %.
+"""
 
 from dataclasses import dataclass, replace
 
-from dinoct.config import TrainConfig
+from dinoct.config import ModelConfig, TrainConfig
+from dinoct.flops import local_px, masked_patches, token_count
 from dinoct.hardware import Hardware
-from dinoct.validate import local_crop_size
 
 STATE_BYTES = 20  # per weight: student, teacher, gradient and two Adam moments, float32
-ACTIVATION_BYTES = 34  # per token, channel and block, at two bytes a number and with fused attention
+FLOAT = 4  # bytes: the residual stream, the norms' statistics and the losses, also under autocast
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimates in bytes. Source of the activation formula: Korthikanti et al. 2022 (arXiv:2205.05198), 34 s b h."""
+    """Estimates in bytes: what is held from step to step, and what a micro-batch takes on top at its highest."""
 
     state: float
     activations: float
@@ -23,25 +30,103 @@ class Memory:
 
 
 def estimate(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> Memory:
-    """Memory of one micro-batch, without the allocator's own overhead.
+    """Memory of a step.
 
     Args:
         cfg: the run's settings.
-        hardware: device settings; float32 activations count double.
+        hardware: its batch size and mixed precision.
         parameters: weights of student backbone and heads.
     """
-    m, aug = cfg.model, cfg.aug
-    local = aug.local_size or local_crop_size(m.patch)
-    extra = 1 + m.registers
-    tokens = aug.global_crops * ((m.img_size // m.patch) ** 2 + extra)
-    tokens += aug.local_crops * ((local // m.patch) ** 2 + extra)
-    per_block = tokens * hardware.batch_size * m.dim * ACTIVATION_BYTES * (1 if hardware.amp else 2)
-    if cfg.train.grad_checkpoint:  # one block at full, the input of each
-        activations = per_block + m.depth * per_block * 2 / ACTIVATION_BYTES
-    else:
-        activations = m.depth * per_block
-    copies = STATE_BYTES + (4 if cfg.loss.gram.teacher != "ema" else 0)
-    return Memory(copies * parameters, activations)
+    gram_teacher = 0.0 if cfg.loss.gram.teacher == "ema" else _backbone_weights(cfg.model)
+    return Memory(STATE_BYTES * parameters + FLOAT * gram_teacher, _highest(cfg, hardware, parameters))
+
+
+def _backbone_weights(model: ModelConfig) -> float:
+    """Matrices of the blocks: nearly all weights of the backbone."""
+    return model.depth * model.dim**2 * (4 + 2 * model.mlp_ratio)
+
+
+def block_bytes(model: ModelConfig, *, amp: bool) -> float:
+    """What one block keeps of a token for its backward pass.
+
+    The inputs of both norms, float32; in the type of the matrix products: the norms' outputs, query, key, value, what
+    attention gives, the MLP before and behind its GELU, and both branches before LayerScale.
+    """
+    number = _number(amp)
+    wide = 6 + 2 * model.mlp_ratio + (2 if model.layer_scale is not None else 0)
+    statistics = FLOAT * (model.heads + 4)  # attention's log-sum-exp; mean and deviation of both norms
+    return model.dim * (2 * FLOAT + number * wide) + statistics
+
+
+def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
+    """The largest of the moments of forward and backward pass that may be the highest."""
+    model, batch, amp = cfg.model, hardware.batch_size, hardware.amp
+    n_global = batch * cfg.aug.global_crops * token_count(model, model.img_size)
+    n_local = batch * cfg.aug.local_crops * token_count(model, local_px(cfg))
+    stream = FLOAT * model.dim  # of a token
+    kept = stream if cfg.train.grad_checkpoint else block_bytes(model, amp=amp)
+    again = block_bytes(model, amp=amp) - stream if cfg.train.grad_checkpoint else 0
+    hidden = _number(amp) * model.dim * model.mlp_ratio
+    # Autocast's copies of the weights: until the forward pass ends, longer where the backward pass takes them from it.
+    copies = _number(amp) * parameters if amp else 0
+    later = 0 if cfg.train.grad_checkpoint else copies
+    blocks = model.depth * kept * (n_global + n_local)
+    ended = blocks + stream * (n_global + n_local) + _heads(cfg, batch, amp)  # with the last norm's input
+    in_forward, between, in_backward = _objective(cfg, batch)
+    through = again + 2 * stream + hidden  # of a token, in one block's backward pass
+    fine = batch * cfg.aug.global_crops * token_count(model, cfg.loss.gram.teacher_px or model.img_size)
+    moments = (
+        fine * (3 * stream + 2 * hidden) + n_global * stream,  # in the MLP of a block of the Gram teacher
+        copies + ended + in_forward,
+        later + ended + between + n_global * through - FLOAT * parameters,  # Gram's share: no gradient is there yet
+        later + ended + in_backward,
+        later + blocks + n_local * through,  # local crops came last and go first
+        later + model.depth * kept * n_global + n_global * through,
+    )
+    return _images(cfg, batch, amp) + max(moments)
+
+
+def _objective(cfg: TrainConfig, batch: int) -> tuple[float, float, float]:
+    """Losses, float32: at their highest in the forward pass, between the passes, at their highest in the backward."""
+    model, aug, loss = cfg.model, cfg.aug, cfg.loss
+    patches = (model.img_size // model.patch) ** 2
+    tokens = batch * aug.global_crops * patches
+    teacher = batch * aug.global_crops  # rows of class tokens; then rows of masked patches
+    student, masked = teacher + batch * aug.local_crops, batch * masked_patches(cfg)
+    scores, features, similarities = FLOAT * loss.out_dim, FLOAT * model.dim, FLOAT * patches  # of one row
+    # The student's patches, these normalised, and the difference of the similarities; logarithms and targets.
+    between = tokens * (2 * features + similarities) + scores * (student + teacher + 2 * masked)
+    forward = max(
+        tokens * (4 * features + 3 * similarities),  # the same of the teacher's patches, and both sides' similarities
+        between + tokens * features + scores * 2 * (student + masked),  # the teacher's patches; scores and products
+    )
+    backward = max(
+        tokens * 6 * features,  # patches, these normalised, and four gradients on the way through the normalisation
+        tokens * 2 * features + scores * (2 * max(student, masked) + 4 * loss.bottleneck_dim),
+    )
+    return forward, between, backward
+
+
+def _heads(cfg: TrainConfig, batch: int, amp: bool) -> float:
+    """What the student's heads keep for their backward pass: the MLP's layers, and the normalised prototypes."""
+    loss, dim = cfg.loss, cfg.model.dim
+    rows = batch * (cfg.aug.global_crops + cfg.aug.local_crops + masked_patches(cfg))
+    row = _number(amp) * (dim + 4 * loss.hidden_dim) + 2 * FLOAT * loss.bottleneck_dim
+    heads = 2 if loss.ibot.weight else 1
+    return rows * row + heads * FLOAT * loss.out_dim * loss.bottleneck_dim
+
+
+def _images(cfg: TrainConfig, batch: int, amp: bool) -> float:
+    """The crops, and the student's again as the patch embedding takes them."""
+    model, aug = cfg.model, cfg.aug
+    pixels = aug.global_crops * model.img_size**2 + aug.local_crops * local_px(cfg) ** 2
+    fine = aug.global_crops * (cfg.loss.gram.teacher_px or 0) ** 2
+    return batch * (pixels * (FLOAT + _number(amp)) + fine * FLOAT)
+
+
+def _number(amp: bool) -> int:
+    """Bytes of a number in matrix products."""
+    return 2 if amp else FLOAT
 
 
 def advice(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
@@ -66,8 +151,8 @@ def remedies(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
         checkpointed = replace(cfg, train=replace(cfg.train, grad_checkpoint=True))
         saved = now.total - estimate(checkpointed, hardware, parameters=parameters).total
         options.append(f"train.grad_checkpoint=true (about {_gb(saved)} GB less, slower)")
-    if not hardware.amp:
-        saved = now.activations / 2
+    saved = now.total - estimate(cfg, replace(hardware, amp=True), parameters=parameters).total
+    if not hardware.amp and saved > 0:
         options.append(f"train.amp=true (about {_gb(saved)} GB less)")
     size = max(cfg.model.patch, cfg.model.img_size * 3 // 4 // cfg.model.patch * cfg.model.patch)
     tiny = replace(cfg, model=replace(cfg.model, img_size=size))

@@ -1,6 +1,8 @@
 """From a composed config to the plan of a run: new or resumed, where, with which settings. Nothing is written yet."""
 
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose
@@ -10,6 +12,7 @@ from omegaconf import DictConfig
 
 from dinoct.config import TrainConfig, to_object
 from dinoct.errors import ConfigError
+from dinoct.rundir import RunFolder
 from dinoct.validate import validate
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ class RunPlan:
     choices: dict[str, str]
     run_dir: str | None  # null: a new folder under outputs/runs
     sweep: str | None = None  # the sweep's name, which groups its runs
+    job: str | None = None  # of a cluster's scheduler: the same when it is started again
+    requeued: bool = False  # that job was in run_dir before: pre-empted, or out of time
     checkpoint: "Checkpoint | None" = None
     typed: frozenset[str] = frozenset()  # keys on the command line
     warnings: list[str] = field(default_factory=list)
@@ -58,6 +63,8 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
     typed = frozenset(override.lstrip("+").split("=", 1)[0] for override in hydra.overrides.task)
     plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=typed)
+    if sweep and "SUBMITIT_EXECUTOR" in os.environ:
+        _find_job(plan, f"{os.environ['SUBMITIT_EXECUTOR']} {hydra.job.id}")
     if cfg.replay is not None:
         cfg.resume = cfg.replay
     if cfg.resume is None:
@@ -69,10 +76,18 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
     return plan
 
 
+def _find_job(plan: RunPlan, job: str) -> None:
+    """A job that was requeued goes on in its folder, or starts again where no checkpoint had been written yet."""
+    folder = RunFolder(Path(plan.run_dir))
+    plan.job, plan.requeued = job, folder.read_config().get("job") == job
+    if plan.requeued:
+        from dinoct.checkpoint import list_checkpoints
+
+        plan.cfg.resume = str(folder.path) if list_checkpoints(folder.path) else plan.cfg.resume
+
+
 def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> None:
     """Fill the plan of a run that goes on from a checkpoint."""
-    from pathlib import Path
-
     from dinoct import resume
 
     checkpoint, plan.warnings = resume.find_checkpoint(plan.cfg.resume, plan.cfg.run_dir)

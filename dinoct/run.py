@@ -50,7 +50,7 @@ def execute(plan: RunPlan) -> Outcome:
         return _replay(plan, hardware, data)
     if plan.cfg.preflight:
         return _preflight(plan, hardware, data)
-    folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place)
+    folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place or plan.requeued)
     with folder, run_log(folder.path / "train.log"):
         try:
             return _train(plan, hardware, data, folder)
@@ -273,6 +273,7 @@ def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parame
         "command": before.get("command", plan.command),
         "state": "running",
         "sweep": plan.sweep,
+        "job": plan.job,
         "parameters": parameters,
         **{key: meta[key] for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon")},
         "choices": plan.choices,

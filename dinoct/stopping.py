@@ -1,13 +1,22 @@
-"""Signals: finish the step, save, leave."""
+"""Signals: finish the step, save, leave.
+
+SIGUSR1 and SIGUSR2 are on loan: where a launcher of jobs listens to one of them (submitit, to have the job requeued),
+it gets the signal once the state is saved, by `hand_on`.
+"""
 
 import signal
 from types import FrameType
 
+ON_LOAN = (signal.SIGUSR1, signal.SIGUSR2)
+
 
 class StopRequest:
-    """While active, SIGINT, SIGTERM and SIGHUP only ask for a stop; a second SIGINT interrupts at once."""
+    """While active, SIGINT, SIGTERM and SIGHUP only ask for a stop; a second SIGINT interrupts at once.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    So do SIGUSR1 and SIGUSR2, where something in this process listens to them.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *ON_LOAN)
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -17,6 +26,8 @@ class StopRequest:
         for number in self.SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # started with nohup: a hang-up is meant to do nothing
+            if number in ON_LOAN and not callable(signal.getsignal(number)):
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -37,3 +48,16 @@ class StopRequest:
     def exit_status(self) -> int:
         """128 + the signal's number, as shells have it; 0 without one."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+def hand_on(exit_status: int) -> None:
+    """Give the signal that ended a run to the one who lent it; a launcher that requeues the job does not return.
+
+    Args:
+        exit_status: `StopRequest.exit_status`; any other status does nothing.
+    Raises:
+        Exception: what the launcher raises, such as submitit where the job had its share of timeouts.
+    """
+    number = exit_status - 128
+    if number in ON_LOAN:
+        signal.raise_signal(number)

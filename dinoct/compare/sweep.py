@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dinoct.cli import ERROR
 from dinoct.compare.differ import every_column, sort_runs, unfair
 from dinoct.compare.read import NOT_BEGUN, flatten, read_run
 from dinoct.compare.table import as_csv, print_table, say
@@ -43,7 +44,7 @@ class SweepSummary(Callback):
         (folder / NOT_BEGUN).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Best mean percentile rank first."""
+        """Best mean percentile rank first; exit status 1 where a job is not done, wherever it ran."""
         folder = Path(str(config.hydra.sweep.dir))
         runs = [run for path in sorted(folder.iterdir()) if (run := read_run(path))] if folder.is_dir() else []
         if not runs:
@@ -53,3 +54,5 @@ class SweepSummary(Callback):
         for sentence in unfair(runs):
             say(f"unfair: {sentence}")
         (folder / "summary.csv").write_text(as_csv(runs, every_column(runs)), encoding="utf-8")
+        if any(run.state != "done" for run in runs):  # jobs of a launcher tell this process no exit status
+            sys.exit(ERROR)

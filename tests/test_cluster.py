@@ -1,0 +1,105 @@
+"""Sweeps as a cluster's jobs: submitit's launcher on this machine, and a job that is started again."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from commands import TINY, metrics, run, start
+
+from dinoct.stopping import StopRequest, hand_on
+
+SWEEP = ["-m", *TINY, "train.max_steps=3", "ckpt.every=1", "optim.lr=1e-3", "hydra.sweep.dir=sweep"]
+
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_launchers_signal_stops_the_run_and_is_handed_on(monkeypatch):
+    heard = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stop.requested
+            assert heard == []
+        hand_on(143)
+        assert heard == []
+        hand_on(stop.exit_status)
+        assert heard == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_signal_that_nobody_listens_to_is_left_alone():
+    with StopRequest():
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("saved", [1, 0, 3])  # 0: no checkpoint yet; 3: it was done
+def test_a_requeued_job_goes_on_in_its_folder(phantom_root, workplace, monkeypatch, saved):
+    """Both times it is the same job of the same scheduler, which is all that a requeued job knows of itself."""
+    typed = [*SWEEP, f"data.root={phantom_root}"]
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert run("train", *typed) == 0
+    (folder,) = (path for path in (workplace / "sweep").iterdir() if path.is_dir())
+    assert len(folder.name) < 255  # the overrides above are more
+    for path in folder.glob("checkpoint_*.pth"):
+        if path.name != f"checkpoint_{saved:08d}.pth":
+            path.unlink()  # as if the job had ended after this one
+    assert run("train", *typed) == 0
+    after = config(folder)
+    assert after["state"] == "done"
+    assert after["history"][-1]["from_step"] == saved
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
+    assert (folder / "checkpoint_final_00000003.pth").exists()
+
+
+def test_another_job_does_not_go_on_in_the_folder(phantom_root, workplace, monkeypatch, capfd):
+    typed = [*SWEEP, f"data.root={phantom_root}"]
+    assert run("train", *typed) == 0
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert run("train", *typed) == 1
+    assert "holds a run already" in capfd.readouterr().err
+
+
+def test_the_launcher_for_slurm_takes_what_the_guide_names(workplace, capfd):
+    settings = {"partition": "gpu", "timeout_min": 1440, "gpus_per_node": 1, "cpus_per_task": 9, "max_num_timeout": 20}
+    typed = [f"hydra.launcher.{key}={value}" for key, value in settings.items()]
+    look = ["--cfg", "hydra", "-p", "hydra.launcher"]
+    assert run("train", *look, "hydra/launcher=submitit_slurm", *typed) == 0
+    out = capfd.readouterr().out
+    assert "SlurmLauncher" in out
+    for key, value in settings.items():
+        assert f"{key}: {value}\n" in out
+
+
+@pytest.mark.long
+def test_two_jobs_of_the_local_launcher_of_which_one_is_preempted(phantom_root, workplace):
+    typed = ["-m", "hydra/launcher=submitit_local", *TINY, f"data.root={phantom_root}", "train.max_steps=200"]
+    typed += ["optim.lr=1e-3,2e-3", "ckpt.every=1000", "hydra.sweep.dir=sweep"]
+    sweep = start("train", *typed, cwd=workplace)
+    deadline = time.monotonic() + 120
+    while not (begun := [p for p in workplace.glob("sweep/*/metrics.jsonl") if len(p.read_text()) > 2000]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    folder = begun[0].parent
+    job = config(folder)["job"].split()[1]
+    (task,) = subprocess.run(["pgrep", "-P", job], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(task), signal.SIGUSR2)  # as Slurm does before it takes the machine away
+    out, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, err
+    assert "sweep sweep" in out
+    runs = [path for path in sorted((workplace / "sweep").iterdir()) if (path / "config.json").exists()]
+    assert [config(path)["state"] for path in runs] == ["done", "done"]
+    assert {config(path)["config"]["tracker"]["group"] for path in runs} == {"sweep"}
+    for path in runs:
+        assert [row["step"] for row in metrics(path)] == list(range(1, 201))
+        assert "hydra/launcher=submitit_local" in config(path)["command"]
+    first, second = config(folder)["history"]
+    assert first["from_step"] == 0
+    assert 0 < second["from_step"] < 200
+    assert len((workplace / "sweep" / "summary.csv").read_text().splitlines()) == 3
