@@ -108,7 +108,7 @@ def test_warnings_teach_what_batches_cannot_do():
     cfg = train_config("loss=dinov3", "loss.out_dim=65536")
     sinkhorn, koleo = teach(cfg, batch_size=8)
     assert "ln(K/B) = 8.32" in sinkhorn
-    assert "loss.out_dim=512 or less" in sinkhorn
+    assert "loss.out_dim=2048 or less" in sinkhorn
     assert "loss.koleo.weight=0" in koleo
     assert teach(train_config("loss=dinov3", "loss.out_dim=4096"), batch_size=64) == []
     assert teach(train_config(), batch_size=64) == []
