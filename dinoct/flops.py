@@ -2,7 +2,7 @@
 
 A multiply-add counts as two FLOPs. Only matrix products count, attention's quadratic term among them, and only those
 that the objective asks for: blocks that gradient checkpointing computes again do not count, so that utilisation (model
-FLOPs per second over the card's peak) compares between settings (Kaplan et al. 2020, arXiv:2001.08361, appendix B;
+FLOPs per second over the card's peak) compares between settings (Kaplan et al. 2020, arXiv:2001.08361, section 2.1;
 Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B). A backward pass counts twice its forward pass. Left out for
 being under a thousandth: norms, softmax, KoLeo's similarities, the gauges of the log.
 """

@@ -18,7 +18,7 @@ from dinoct.models.ssl import SelfDistillation
 
 sys.path.append(str(REPOSITORY / "scripts" / "bench"))
 
-from alive import highest  # noqa: E402  the benchmark's own trace
+from alive import highest
 
 SMALL = [
     "hardware=cpu",

@@ -6,8 +6,8 @@
     python scripts/bench/memory.py --smoke                         # one row, small, traced
 
 bf16 autocast unless train.amp=false is given; one micro-batch, so accumulation changes nothing. The allocator's
-fragments and a card's context, 0.5 to 1 GB together, come on top. The trace takes torch's fake tensors, which have a shape
-and no content; with iBOT it has the most masked patches that there may be, the formula as many as there are on average.
+fragments and a card's context, 0.5 to 1 GB together, come on top. The trace takes torch's fake tensors, which have a
+shape and no content; with iBOT it masks as many patches as may be, the formula as many as there are on average.
 """
 
 import argparse
@@ -71,11 +71,8 @@ def row(name: str, overrides: Sequence[str], *, trace: bool) -> list[str]:
     cfg, hardware = settings(overrides)
     plain, checkpointed = (replace(cfg, train=replace(cfg.train, grad_checkpoint=on)) for on in (False, True))
     without, found = (estimate(c, hardware, parameters=student_parameters(c)) for c in (plain, checkpointed))
-    cells = [
-        name,
-        *map(size_text, (without.state, without.total, found.total)),
-        f"{1 - found.total / without.total:.0%}",
-    ]
+    less = f"{100 * (1 - found.total / without.total):.0f} %"
+    cells = [name, *map(size_text, (without.state, without.total, found.total)), less]
     if trace:
         for memory, c in ((without, plain), (found, checkpointed)):
             cells.append(f"{memory.activations / highest(c, hardware, fake=True):.2f}")
