@@ -1,0 +1,195 @@
+"""Seconds of one training step: dinoct beside the DINO of its peers, in one run on the CPU.
+
+    pip install lightly stable-pretraining        # beside dinoct; a peer that is not there is left out
+    python scripts/bench/step.py [--threads 2] [--rounds 3] [--steps 5]
+
+ViT 192 wide, 12 blocks, 3 heads, patch 16; 8 slices of 2 views of 96 px and 6 of 48 px; a head of 2048, 2048, 256 and
+4096 prototypes; float32. A step is teacher and student forward, loss, backward, clipping, AdamW and the EMA, on views
+that are there already. dinoct's has Gram anchoring and KoLeo in it; peers take three channels. All take turns, round by
+round. The ratio is to the fastest peer. FLOPs are those of the matrix products, by formula, the backward pass counted
+twice the forward pass.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from common import print_table
+from hydra import compose, initialize_config_module
+
+from dinoct.config import LossConfig, ModelConfig, TrainConfig, to_object
+
+GLOBAL, LOCAL = (2, 96), (6, 48)  # views, pixels
+BATCH = 8
+OVERRIDES = [
+    "model=vit-tiny",
+    "model.registers=0",
+    "model.drop_path=0",
+    f"model.img_size={GLOBAL[1]}",
+    "loss.out_dim=4096",
+    "hardware=cpu",
+]
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="steps per round, after two that are not timed")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with initialize_config_module("dinoct.conf", version_base="1.3"):
+        settings = to_object(compose("train", overrides=OVERRIDES))
+    entrants: dict[str, Step] = {"dinoct, Gram": dinoct_step(settings)}
+    for name, module, build in (
+        ("lightly", "lightly", lightly_step),
+        ("stable-pretraining", "stable_pretraining", stable_pretraining_step),
+    ):
+        if find_spec(module):
+            entrants[name] = build(settings)
+        else:
+            print(f"{name} is not installed and is left out: pip install {name}")
+    times = measure(entrants, args.rounds, args.steps)
+    report(times, settings)
+
+
+def measure(entrants: dict[str, Step], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Mean seconds of a step, by entrant and round."""
+    times: dict[str, list[float]] = {name: [] for name in entrants}
+    for _ in range(rounds):
+        for name, step in entrants.items():
+            for _ in range(2):
+                step()
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            times[name].append((time.perf_counter() - start) / steps)
+    return times
+
+
+def report(times: dict[str, list[float]], settings: TrainConfig) -> None:
+    """Print the table."""
+    best = {name: min(found) for name, found in times.items()}
+    peers = [seconds for name, seconds in best.items() if not name.startswith("dinoct")]
+    rows = []
+    for name, found in times.items():
+        flops = step_flops(settings.model, settings.loss, gram=name.startswith("dinoct"))
+        ratio = f"{best[name] / min(peers):.2f}" if peers else "-"
+        middle = f"{statistics.median(found):.3f}"
+        rows.append([name, f"{best[name]:.3f}", middle, ratio, f"{flops / 1e9:.1f}", f"{flops / best[name] / 1e9:.0f}"])
+    print_table(["step", "best s", "median s", "x fastest peer", "GFLOP", "GFLOP/s"], rows)
+
+
+def views(channels: int) -> list[torch.Tensor]:
+    """Random views ``[B, C, s, s]`` in [0, 1], the global ones first."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [GLOBAL[1]] * GLOBAL[0] + [LOCAL[1]] * LOCAL[0]
+    return [torch.rand(BATCH, channels, size, size, generator=draw) for size in sizes]
+
+
+def dinoct_step(settings: TrainConfig) -> Step:
+    """What `dinoct.engine` does in an update, less its bookkeeping."""
+    from dinoct.models.ssl import CropBatch, SelfDistillation
+    from dinoct.optim import apply_schedule, build_optimizer
+    from dinoct.schedules import Schedules
+
+    torch.manual_seed(0)
+    model = SelfDistillation(settings.model, settings.loss)
+    optimizer = build_optimizer(model.student, depth=settings.model.depth, cfg=settings.optim)
+    plan = Schedules(settings.optim, settings.loss.dino, horizon=1000)
+    apply_schedule(optimizer, lr=settings.optim.lr, weight_decay=settings.optim.weight_decay, frozen=False)
+    found = views(1)
+    batch = CropBatch(
+        global_crops=torch.cat(found[: GLOBAL[0]]),
+        local_crops=torch.cat(found[GLOBAL[0] :]),
+        masks=None,
+        masked=None,
+        mask_weights=None,
+        groups=torch.arange(BATCH),
+        positions=list(range(BATCH)),
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        terms = model(batch, teacher_temperature=plan.teacher_temperature(0))
+        terms.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.student.parameters(), settings.optim.clip)
+        optimizer.step()
+        model.end_update(step=1, horizon=1000, momentum=plan.teacher_momentum(0))
+
+    return step
+
+
+def lightly_step(settings: TrainConfig) -> Step:
+    """lightly's DINO with views of one size together, the fastest way to run it."""
+    from lightly.loss import DINOLoss
+    from recipes import rgb_vit
+    from recipes.lightly import LightlyDINO
+
+    torch.manual_seed(0)
+    loss = settings.loss
+    head = {"hidden_dim": loss.hidden_dim, "bottleneck_dim": loss.bottleneck_dim, "output_dim": loss.out_dim}
+    model, criterion = LightlyDINO(rgb_vit(settings.model), head), DINOLoss(output_dim=loss.out_dim)
+    optimizer, found = torch.optim.AdamW(model.parameters(), lr=settings.optim.lr), views(3)
+
+    def step() -> None:
+        model.follow(settings.optim.teacher_momentum)
+        optimizer.zero_grad()
+        model.loss(found, criterion, epoch=1).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)
+        optimizer.step()
+
+    return step
+
+
+def stable_pretraining_step(settings: TrainConfig) -> Step:
+    """stable-pretraining's `methods.DINO`, without Lightning's loop around it."""
+    os.environ.setdefault("LOGURU_LEVEL", "ERROR")
+    from recipes import rgb_vit
+    from stable_pretraining.methods import DINO
+
+    torch.manual_seed(0)
+    loss = settings.loss
+    sizes = {"projector_hidden_dim": loss.hidden_dim, "projector_bottleneck_dim": loss.bottleneck_dim}
+    model = DINO(rgb_vit(settings.model), n_prototypes=loss.out_dim, **sizes)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, found = torch.optim.AdamW(learned, lr=settings.optim.lr), views(3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(global_views=found[: GLOBAL[0]], local_views=found[GLOBAL[0] :]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, settings.optim.clip)
+        optimizer.step()
+        for side in (model.backbone, model.projector):
+            side.update_teacher()
+
+    return step
+
+
+def step_flops(model: ModelConfig, loss: LossConfig, *, gram: bool) -> float:
+    """FLOPs of a step: the student's three passes over all views, the teacher's one over the global views."""
+    k, hidden, narrow, dim = loss.out_dim, loss.hidden_dim, loss.bottleneck_dim, model.dim
+    head = 2 * (dim * hidden + hidden * hidden + hidden * narrow + narrow * k)
+    whole, part = (vit_flops(model, size) + head for _, size in (GLOBAL, LOCAL))
+    total = GLOBAL[0] * whole * (3 + 1) + LOCAL[0] * part * 3
+    if gram:  # P x P similarities of both sides, of the student's forth and back
+        patches = (GLOBAL[1] // model.patch) ** 2
+        total += GLOBAL[0] * 2 * patches**2 * dim * (3 + 1)
+    return BATCH * total
+
+
+def vit_flops(model: ModelConfig, size: int) -> float:
+    """FLOPs of one image's forward pass: projections, attention, and the patch embedding."""
+    patches, dim = (size // model.patch) ** 2, model.dim
+    tokens = patches + 1 + model.registers
+    block = 2 * tokens * dim * dim * (4 + 2 * model.mlp_ratio) + 4 * tokens * tokens * dim
+    return model.depth * block + 2 * patches * dim * model.patch**2
+
+
+if __name__ == "__main__":
+    main()
