@@ -87,8 +87,12 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
     (`dinoct.checkup.batchsize`).
 
     Raises:
-        ConfigError: if a device is asked for that is not there.
+        ConfigError: if a device is asked for that is not there, or a number is out of range.
     """
+    for key, least in (("batch_size", 1), ("threads", 1), ("num_workers", 0)):
+        value = getattr(hardware, key)
+        if value is not None and value < least:
+            raise ConfigError(f"hardware.{key} must be at least {least}, not {value}")
     steps = steps or StepsConfig()
     reasons: dict[str, str] = {}
     found = detect_platform()

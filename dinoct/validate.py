@@ -43,7 +43,6 @@ def validate(cfg: TrainConfig) -> None:
     for key, value in (
         ("train.max_steps", cfg.train.max_steps),
         ("train.accumulation_steps", cfg.train.accumulation_steps),
-        ("hardware.batch_size", cfg.hardware.batch_size),
         ("ckpt.every", cfg.ckpt.every),
         ("ckpt.keep_last", cfg.ckpt.keep_last),
         ("ckpt.keep_every", cfg.ckpt.keep_every),
@@ -51,12 +50,9 @@ def validate(cfg: TrainConfig) -> None:
         ("monitor.every", cfg.monitor.every),
         ("eval.every", cfg.eval.every),
         ("optim.horizon", cfg.optim.horizon),
-        ("hardware.threads", cfg.hardware.threads),
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{key} must be at least 1, not {value}")
-    if cfg.hardware.num_workers is not None and cfg.hardware.num_workers < 0:
-        raise ConfigError(f"hardware.num_workers must be at least 0, not {cfg.hardware.num_workers}")
     if cfg.eval.n < 2:
         raise ConfigError(f"eval.n must be at least 2, not {cfg.eval.n}")
     if cfg.seed < 0:

@@ -31,6 +31,9 @@ from commands import REPOSITORY, TINY, run
         (["+optim.lrr=1"], ["there is no setting optim.lrr", "did you mean optim.lr"]),
         (["optim.lr=abc"], ["optim.lr=abc", "could not be converted to Float"]),
         (["loss.gram=null"], ["loss.gram=null", "not Optional"]),
+        (["hardware.batch_size=0"], ["hardware.batch_size must be at least 1, not 0"]),
+        (["hardware.num_workers=-1"], ["hardware.num_workers must be at least 0, not -1"]),
+        (["loss.gram.teacher_px=100"], ["loss.gram.teacher_px=100", "model.patch=14"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -61,6 +64,7 @@ def trained(phantom_root, tmp_path_factory):
         (["checkpoint={text}"], ["not a dinoct checkpoint"]),
         (["checkpoint={good}", "model=vit-large"], ["model=vit-large", "this one holds demo (patch 16, 32/2/4)"]),
         (["checkpoint={good}", "n=1"], ["n must be at least 2"]),
+        (["checkpoint={good}", "hardware.batch_size=0"], ["hardware.batch_size must be at least 1"]),
         (["checkpoint={good}", "probe.bootstrap=0"], ["probe.bootstrap must be at least 1"]),
         (["--checkpoint", "x"], ["--checkpoint", "KEY=VALUE"]),
         (["checkpoint={good}", "data.root=/nowhere"], ["/nowhere"]),

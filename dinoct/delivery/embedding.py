@@ -43,12 +43,8 @@ def embed_slices(cfg: EmbedConfig) -> Path:
     """
     out = check_output(cfg.out, overwrite=cfg.overwrite)
     sources = find_sources(cfg)
-    for key, least in (("batch_size", 1), ("threads", 1), ("num_workers", 0)):
-        value = getattr(cfg.hardware, key)
-        if value is not None and value < least:
-            raise ConfigError(f"hardware.{key} must be at least {least}, not {value}")
-    encoder = load_encoder(cfg.checkpoint)
     hardware = resolve(cfg.hardware)
+    encoder = load_encoder(cfg.checkpoint)
     torch.set_num_threads(hardware.threads)
     started = time.monotonic()
     with ended_by_signals(), prepared(cfg, sources) as root, display() as tell:
