@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,14 @@ def start(command: str, *arguments: str, cwd: Path, **options) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        **{"preexec_fn": _as_from_a_terminal, **options},
     )
+
+
+def _as_from_a_terminal() -> None:
+    """The tests may run under nohup, which ignores hang-ups for all that it starts."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def metrics(folder: Path) -> list[dict]:
