@@ -4,6 +4,7 @@
 second look at the header: a file is parsed once, whenever its pixels are read.
 """
 
+import io
 import logging
 import os
 import struct
@@ -44,6 +45,8 @@ config.settings.reading_validation_mode = config.IGNORE
 
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 MAX_PIXEL_BYTES = 2**31
+START_BYTES = 2**17  # longer than most headers
+PIXEL_HEAD = 12  # bytes of the pixel data's tag and length
 _LOSSY = {JPEGLSNearLossless, JPEG2000, HTJ2K, JPEGBaseline8Bit, JPEGExtended12Bit}
 
 
@@ -85,7 +88,7 @@ def read_headers(path: str, member: Member | None = None, *, axial_only: bool = 
         with opened(path, member) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             size = _size(handle)
-            ds = dcmread(handle, stop_before_pixels=True, specific_tags=list(tags.TAGS.values()))
+            ds = _parse(handle, size)
             storage = UID(h.text(ds, "SOPClassUID"))
             if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
                 return Rejected("not_dicom", "DICOMDIR", False)
@@ -104,6 +107,26 @@ def read_headers(path: str, member: Member | None = None, *, axial_only: bool = 
         return Rejected(
             "refused", f"header cannot be parsed ({type(error).__name__})", storage in CT_CLASSES or not storage
         )
+
+
+def _parse(handle: BinaryIO, size: int) -> Dataset:
+    """Read everything before the pixels, and leave the handle behind it.
+
+    pydicom asks for its place before every element: in memory that is no system call, so the start of the file is read
+    at once. What is not whole there (a long header, a deflated file) is read from the file itself.
+    """
+    options = {"stop_before_pixels": True, "specific_tags": list(tags.TAGS.values())}
+    start = io.BytesIO(handle.read(START_BYTES))
+    try:
+        ds = dcmread(start, **options)
+        if size <= START_BYTES or start.tell() + PIXEL_HEAD <= START_BYTES:
+            handle.seek(start.tell())
+            return ds
+    except Exception:
+        if size <= START_BYTES:
+            raise
+    handle.seek(0)
+    return dcmread(handle, **options)
 
 
 def _size(handle: BinaryIO) -> int:
@@ -171,8 +194,8 @@ def _locate_pixels(handle: BinaryIO, common: dict, size: int) -> tuple[int, int]
     if syntax == DeflatedExplicitVRLittleEndian:
         return -1, expected
     order = ">" if syntax == ExplicitVRBigEndian else "<"
-    head = handle.read(12)
-    if len(head) < 12 or struct.unpack(f"{order}2H", head[:4]) != (0x7FE0, 0x0010):
+    head = handle.read(PIXEL_HEAD)
+    if len(head) < PIXEL_HEAD or struct.unpack(f"{order}2H", head[:4]) != (0x7FE0, 0x0010):
         raise Refused("no pixel data")
     explicit = head[4:6] in (b"OW", b"OB", b"UN")  # an implicit length is even, so it cannot begin with an "O" or "U"
     length = struct.unpack(f"{order}I", head[8:12] if explicit else head[4:8])[0]

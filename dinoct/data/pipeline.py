@@ -24,7 +24,7 @@ from dinoct.data.index import sweep_temporary
 from dinoct.data.pixels import HU_MAX, HU_MIN
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
 from dinoct.data.publish import explain, publish, publish_split
-from dinoct.data.store import remove_series_except
+from dinoct.data.store import remove_series_except, sync
 from dinoct.data.walk import find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
 from dinoct.errors import DinoctError
@@ -248,6 +248,7 @@ def _decode(run: _Run) -> int:
         stage.take(outcome)
         run.bytes_out = stage.bytes_out
         run.tell()
+    sync(store)  # before an index names what is in it
     return stage.slices_new
 
 

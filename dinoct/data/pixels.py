@@ -105,7 +105,8 @@ def _native(handle: BinaryIO, header: SliceHeader, dtype: str) -> np.ndarray:
     if not header.signed:
         return words
     unused = 16 - header.bits_stored
-    return (words << unused).view(np.int16) >> unused  # the shift back extends the sign
+    # the shift back extends the sign
+    return (words << unused).view(np.int16) >> unused if unused else words.view(np.int16)
 
 
 def _check_codestream(handle: BinaryIO, header: SliceHeader, plugin: str) -> None:

@@ -5,6 +5,7 @@ patients are not one series, and a reformat filed under the same UID has another
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -130,6 +131,6 @@ def geometry(ordered: Sequence[SliceRef]) -> Geometry:
     steps = np.diff([position_mm(ref.header) for ref in ordered])
     if len(steps) == 0:
         return Geometry(math.nan, math.nan, 0, 0, tilt)
-    step = float(np.median(steps))
+    step = statistics.median(steps.tolist())  # numpy's own imports its masked arrays first
     wide = steps[steps > 1.5 * step]
     return Geometry(step, float(steps.max()), len(wide), int(sum(round(w / step) - 1 for w in wide)), tilt)

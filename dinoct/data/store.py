@@ -1,6 +1,6 @@
 """The slice store: one Blosc2 array of int16 HU per series, `FOLDER/SERIES.b2nd`, shape [slices, rows, cols].
 
-A slice is a chunk and blocks are 64 x 512 pixels, so that a random slice costs one chunk and a crop only the blocks it
+A slice is a chunk and blocks are 128 x 512 pixels, so that a random slice costs one chunk and a crop only the blocks it
 touches. zstd level 1 behind SHUFFLE was the smallest of the codecs that read in about a millisecond. Blosc2 does not
 notice a flipped bit: `verify` compares a slice with the CRC-32 that the index holds.
 """
@@ -10,6 +10,9 @@ import re
 import secrets
 from collections import OrderedDict
 from pathlib import Path
+
+# Read by the C library: without it four threads start at each write into a file, for the file's table of offsets.
+os.environ["BLOSC_NTHREADS"] = "1"
 
 import blosc2
 import numpy as np
@@ -23,7 +26,14 @@ from dinoct.errors import DinoctError
 blosc2.set_nthreads(1)
 
 STORE_FORMAT = "b2nd-zstd1-shuffle-1"  # part of what decides whether a series must be written again
-BLOCK = (64, 512)
+BLOCK = (128, 512)
+COMPRESSION = {
+    "codec": blosc2.Codec.ZSTD,
+    "clevel": 1,
+    "filters": [blosc2.Filter.SHUFFLE],
+    "splitmode": blosc2.SplitMode.NEVER_SPLIT,
+    "nthreads": 1,
+}
 _MAX_HANDLES = 1024  # a handle is a small header in memory; Blosc2 opens the file anew at each read
 _SERIES = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -58,7 +68,7 @@ class SeriesWriter:
             dtype=np.dtype("<i2"),
             chunks=(1, rows, cols),
             blocks=blocks,
-            cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
+            cparams=COMPRESSION,
             dparams={"nthreads": 1},
             urlpath=str(self._temporary),
             contiguous=True,
@@ -82,17 +92,17 @@ class SeriesWriter:
         if self._count < self._array.shape[0]:
             self._array.resize((self._count, *self._shape))
         del self._array
-        _fsync(self._temporary)
+        sync(self._temporary)
         size = self._temporary.stat().st_size
         os.replace(self._temporary, self.path)
-        _fsync(self.path.parent)
         return size
 
     def abort(self) -> None:
         self._temporary.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

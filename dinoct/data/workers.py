@@ -1,8 +1,9 @@
 """Run functions over files in processes that may hang, crash or be killed without taking the run with them.
 
-A task is a function over a list of steps (files). Before each step the worker says which one it begins and starts a
-timer that the kernel enforces: a step that hangs in C code ends the worker, orphaned or not. The pool then names the
-step that was lost, starts another worker, and leaves it to the caller to submit the rest again.
+A task is a function over a list of steps (files). Before each step the worker notes in memory that it shares with the
+pool which one it begins, and starts a timer that the kernel enforces: a step that hangs in C code ends the worker,
+orphaned or not. The pool then names the step that was lost, starts another worker, and leaves it to the caller to
+submit the rest again.
 """
 
 import logging
@@ -13,12 +14,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from ctypes import c_longlong
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from dinoct.errors import DinoctError
 
 StepHook = Callable[[int], None]
+LOOK_EVERY_S = 0.1  # how often the pool looks how far its workers are
 
 
 class Task(NamedTuple):
@@ -79,12 +82,13 @@ class WorkerPool:
         self._again.append(task)
 
     def run(self, tasks: Iterable[Task], on_step: StepHook) -> Iterator[Finished | Lost]:
-        """Yield what became of each task, in the order they end. `on_step(i)` is called as steps begin.
+        """Yield what became of each task, in the order they end. `on_step(i)` is called soon after a step began.
 
         Raises DinoctError if a task failed for a reason that is not the fault of its item (disk full, a bug).
         """
         source = iter(tasks)
         exhausted = False
+        ended: list[Finished | Lost] = []
         while True:
             for place, worker in enumerate(self._workers):
                 if worker.task is None and not (exhausted and not self._again):
@@ -93,13 +97,13 @@ class WorkerPool:
                     if task is not None:
                         self._workers[place] = worker = worker.fresh()
                         worker.submit(task)
+            yield from ended  # behind the submission: no worker waits while the caller is at work
             busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
             if not busy and not self._again:
                 return
-            for connection in wait(list(busy)):
-                outcome = busy[connection].receive(on_step)
-                if outcome is not None:
-                    yield outcome
+            ended = [busy[connection].receive(on_step) for connection in wait(list(busy), LOOK_EVERY_S)] if busy else []
+            for worker in busy.values():
+                worker.look(on_step)
 
     def close(self) -> None:
         for worker in self._workers:
@@ -111,11 +115,13 @@ class _Worker:
         self._limits = (timeout_s, memory_mb)
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, os.getpid(), *self._limits), daemon=True)
+        self._step = context.RawValue("q", -1)  # that the worker is at
+        args = (theirs, self._step, os.getpid(), *self._limits)
+        self._process = context.Process(target=serve, args=args, daemon=True)
         self._process.start()
         theirs.close()
         self.task: Task | None = None
-        self._step = -1
+        self._seen = -1  # the last step that the caller was told of
         self._dead = False
 
     def fresh(self) -> "_Worker":
@@ -123,37 +129,44 @@ class _Worker:
         return _Worker(*self._limits) if self._dead else self
 
     def submit(self, task: Task) -> None:
-        self.task, self._step = task, -1
+        self.task, self._step.value, self._seen = task, -1, -1
         with suppress(OSError):  # it died between two tasks; receive() finds the end of the pipe and says so
             self.connection.send((task.function, task.payload))
 
-    def receive(self, on_step: StepHook) -> Finished | Lost | None:
+    def look(self, on_step: StepHook) -> None:
+        """Tell of the steps that began since the last look."""
+        at = self._step.value
+        while self._seen < at:
+            self._seen += 1
+            on_step(self._seen)
+
+    def receive(self, on_step: StepHook) -> Finished | Lost:
+        """What became of the task, once the connection has something to read or is closed."""
         task = self.task
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
-            return self._lost(task)
-        if kind == "step":
-            self._step = value
-            on_step(value)
-            return None
+            self._process.join()
+            kind, value = "lost", None
+        self.look(on_step)
         self.task = None
+        if kind == "lost":
+            return self._lost(task)
         if kind == "memory":
-            return Lost(task, self._step, "out of memory")
+            return Lost(task, self._step.value, "out of memory")
         if kind == "failed":
             raise DinoctError(value)
         return Finished(task, value)
 
     def _lost(self, task: Task) -> Lost:
-        self._process.join()
         code = self._process.exitcode
-        self.task, self._dead = None, True
+        self._dead = True
         self.connection.close()
-        if self._step < 0:
+        if self._step.value < 0:
             raise DinoctError(
                 f"a worker process ended (exit code {code}) before it read a file: is the machine out of memory?"
             )
-        return Lost(task, self._step, death_reason(code, self._limits[0]))
+        return Lost(task, self._step.value, death_reason(code, self._limits[0]))
 
     def kill(self) -> None:
         self._process.kill()
@@ -172,7 +185,7 @@ def death_reason(code: int, timeout_s: float) -> str:
     )
 
 
-def serve(connection: Connection, parent: int, timeout_s: float, memory_mb: int) -> None:
+def serve(connection: Connection, at: c_longlong, parent: int, timeout_s: float, memory_mb: int) -> None:
     """The life of a worker: receive a function and its payload, run it, send the result, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C goes to the whole group; the parent decides what ends
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -186,7 +199,7 @@ def serve(connection: Connection, parent: int, timeout_s: float, memory_mb: int)
         if os.getppid() != parent:
             os._exit(1)  # nobody waits for the result
         if i >= 0:
-            connection.send(("step", i))
+            at.value = i
         signal.setitimer(signal.ITIMER_REAL, timeout_s if i >= 0 else 0)
 
     while True:

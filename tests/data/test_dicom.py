@@ -18,7 +18,7 @@ from pydicom.uid import (
 )
 from synthetic_dicom import body, dataset, enhanced, save, write_slice
 
-from dinoct.data.dicom import Rejected, read_headers, read_hu
+from dinoct.data.dicom import PIXEL_HEAD, START_BYTES, Rejected, read_headers, read_hu
 from dinoct.data.header import Refused
 from dinoct.data.pixels import finish_hu, read_stored, to_hu
 
@@ -46,6 +46,20 @@ def reason(path):
 def test_hu_of_signed_and_unsigned_pixels(tmp_path, signed, syntax):
     hu = body()
     path = save(dataset(hu, signed=signed), tmp_path / "a", syntax)
+    np.testing.assert_array_equal(read_hu(str(path)), hu)
+
+
+@pytest.mark.parametrize("gap", [-40, -12, -6, 0, 1, 70_000])
+def test_a_header_of_any_length(tmp_path, gap):
+    """Around the size up to which headers are read at once, and far beyond it."""
+    hu = body()
+    ds = dataset(hu)
+    ds.add_new(0x00091001, "OB", b"")
+    short = save(ds, tmp_path / "short")
+    ds.add_new(0x00091001, "OB", bytes((START_BYTES + gap - read_headers(str(short))[0].offset + PIXEL_HEAD) // 2 * 2))
+    path = save(ds, tmp_path / "a")
+    (header,) = read_headers(str(path))
+    assert abs(header.offset - PIXEL_HEAD - START_BYTES - gap) <= 1
     np.testing.assert_array_equal(read_hu(str(path)), hu)
 
 

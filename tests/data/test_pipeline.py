@@ -487,7 +487,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source, root, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dinoct.data.store._fsync", full)
+        patch.setattr("dinoct.data.store.sync", full)
         with pytest.raises(PrepareError, match="No space left on device") as caught:
             prepare(source, root)
         assert "\n" not in str(caught.value)

@@ -38,11 +38,11 @@ def test_slices_and_windows_come_back_as_written(tmp_path, shape):
         assert part.dtype == np.int16
 
 
-def test_layout_is_one_slice_per_chunk_in_blocks_of_64_by_512(tmp_path):
+def test_layout_is_one_slice_per_chunk_in_blocks_of_128_by_512(tmp_path):
     write(tmp_path, "a", stack((512, 512)))
     array = blosc2.open(str(tmp_path / "a.b2nd"), mode="r")
     assert array.chunks == (1, 512, 512)
-    assert array.blocks == (1, 64, 512)
+    assert array.blocks == (1, 128, 512)
     assert array.dtype == np.int16
 
 
