@@ -32,11 +32,11 @@ def announce(
     log.info(
         "steps: %s; effective batch %d; schedules over %d steps; ln K %.4f",
         cfg.train.max_steps or "no limit, Ctrl+C saves and stops",
-        hardware.batch_size * hardware.accumulation_steps,
+        hardware.effective_batch,
         horizon,
         math.log(cfg.loss.out_dim),
     )
-    for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size)]:
+    for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size * hardware.processes)]:
         log.warning(line)
     for line in notes:
         log.info(line)

@@ -14,7 +14,8 @@ class Clock:
 
     def __init__(self, cfg: TrainConfig, hardware: Hardware, *, horizon: int):
         self._cfg, self._horizon = cfg, horizon
-        self._peak = peak_flops(hardware.card, amp=hardware.amp)
+        peak = peak_flops(hardware.card, amp=hardware.amp)
+        self._peak = None if peak is None else peak * hardware.processes
 
     def start(self, step: int, samples: int) -> None:
         now = time.perf_counter()

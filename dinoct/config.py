@@ -193,7 +193,8 @@ class ProbeConfig:
 
 @dataclass
 class ParallelConfig:
-    processes: int = 1
+    name: str = "none"  # none | ddp: each rank holds the model | fsdp: the ranks share it
+    processes: int | None = None  # ranks to start on this machine; null: one per card. Under torchrun: its own number
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoct import checkpoint as checkpoints
-from dinoct.anomaly import AnomalyDetector
-from dinoct.clock import Clock
 from dinoct.config import TrainConfig
 from dinoct.console import log, progress
 from dinoct.data.dataset import SliceViews, train_loader
@@ -26,6 +23,8 @@ from dinoct.memory import advice
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.optim import apply_schedule, load_optimizer_state, optimizer_state
+from dinoct.parallel import Parallel, like, whole
+from dinoct.records import Records, Scalars
 from dinoct.rng import restore_rng, rng_state
 from dinoct.rundir import RunFolder
 from dinoct.saving import Saver
@@ -34,11 +33,7 @@ from dinoct.stopping import StopRequest
 from dinoct.tracking import Tracker
 
 SIGNAL_GRACE_S = 0.5
-GRACE_STEPS = 50  # behind the warm-up, before an encoder that was never healthy counts as collapsed
 GRAM_SHARE_EVERY = 10  # records between two looks at the Gram term's share of the gradient
-
-
-Scalars = dict[str, Tensor | float]  # tensors are 0-d and stay on the device until a record is due
 
 
 class TrainingError(DinoctError):
@@ -72,25 +67,20 @@ class Engine:
         run: RunFolder,
         tracker: Tracker,
         meta: dict[str, Any],
+        parallel: Parallel | None = None,
     ):
+        self.parallel = parallel or Parallel()
         self.cfg, self.model, self.optimizer, self.schedules = cfg, model, optimizer, schedules
-        self.hardware, self.train_data, self.tracker, self.meta = hardware, train_data, tracker, meta
-        self.anomalies = AnomalyDetector(
-            out_dim=cfg.loss.out_dim,
-            slices=hardware.batch_size,
-            crops=cfg.aug.global_crops,
-            grace=round(cfg.optim.warmup * schedules.horizon) + GRACE_STEPS,
-        )
-        self.saver = Saver(run.path, cfg.ckpt)
+        self.hardware, self.train_data, self.meta = hardware, train_data, meta
+        self.records = Records(cfg, hardware, horizon=schedules.horizon, tracker=tracker)
+        self.saver = Saver(run.path, cfg.ckpt, writes=self.parallel.leads)
         self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker)
         self.step = 0
         self.samples_seen = 0
-        self._pending: list[tuple[int, Scalars]] = []
         self._saved: Path | None = None
         self.guard = FiniteGuard(hardware.device)
         self._note = StepNote(0, 0, {}, [], {})  # on the current update
-        self._waited = 0.0
-        self._clock = Clock(cfg, hardware, horizon=schedules.horizon)
+        self._forward = self.parallel.wrap(model)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -104,13 +94,13 @@ class Engine:
         cfg, teacher = self.cfg, self.model.teacher.backbone
         self.model.train()
         self.model.teacher.eval()
-        with StopRequest() as stop, progress("steps") as bar:
+        with StopRequest(patient=self.parallel.world > 1) as stop, progress("steps") as bar:
             task = bar.add_task("train", total=cfg.train.max_steps, completed=self.step)
             self.looks.start(self.step)
-            self._clock.start(self.step, self.samples_seen)
+            self.records.start(self.step, self.samples_seen)
             try:
                 batches = self.stream()
-                while not self._finished() and not stop.requested:
+                while not self._finished() and not self._stops(stop):
                     scalars = self.update(batches)
                     judged = self.looks.judge(teacher, self.step) if self._due(cfg.eval.every) else {}
                     self._report(scalars, judged)
@@ -118,7 +108,7 @@ class Engine:
                     if self._due(cfg.ckpt.every) and not self._finished():
                         self._settle()
                         self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
-                    if judged and self.looks.improved and not self._finished():
+                    if judged and self._improved() and not self._finished():
                         self._settle()
                         self.saver.keep_best(self.state_dict(), self._meta())
                     if self._due(cfg.monitor.every):
@@ -127,20 +117,20 @@ class Engine:
                 raise
             except Exception as error:
                 time.sleep(SIGNAL_GRACE_S)  # a signal to the whole group may end a loader worker first
-                if not stop.requested:
+                if self.parallel.world > 1 or not stop.requested:  # a signal ends a rank that waits for a lost one
                     self._rescue(error)
                 log.debug("ended by the signal", exc_info=True)
                 restore_rng(self._rng())
             batches = None  # end the loader: a worker that dies from here on must not interrupt the save
             self._settle()
             self._flush()
-            if self._saved is None or checkpoints.step_of(self._saved) != self.step:
+            if self.parallel.led(self._saved is None or checkpoints.step_of(self._saved) != self.step):
                 self._saved = self.saver.save(self.state_dict(), self._meta())
-            if self._finished() and self.looks.improved:
+            if self._finished() and self._improved():
                 self.saver.keep_best(self.state_dict(), self._meta())
         if stop.requested:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self._saved)
-        else:
+        elif self.parallel.leads:
             log.info("done: step %d, %s", self.step, checkpoints.link_final(self._saved))
         return Result(self.step, stop.exit_status, self.looks.best_rank)
 
@@ -155,14 +145,16 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(accumulation):
             batch = self._next(batches).to(self.hardware.device)
-            with self.hardware.autocast():
-                terms = self.model(batch, teacher_temperature=s.teacher_temperature(step))
-            if i == 0 and self._record_due(step + 1, every=GRAM_SHARE_EVERY):
-                means["Train/gram_gradient_share"] = self._gram_share(terms.total, terms.gram)
-            (terms.total / accumulation).backward()
+            with self.parallel.accumulating(last=i == accumulation - 1):
+                with self.hardware.autocast():
+                    terms = self._forward(batch, teacher_temperature=s.teacher_temperature(step))
+                if i == 0 and self.records.due(step + 1, every=GRAM_SHARE_EVERY) and self.parallel.whole:
+                    means["Train/gram_gradient_share"] = self.model.gram_share(terms)
+                (terms.total / accumulation).backward()
             for name, value in terms.scalars.items():
                 means[name] = means.get(name, 0.0) + value / accumulation
-        norm = nn.utils.clip_grad_norm_(self.model.student.parameters(), self.cfg.optim.clip)
+        means = self.parallel.mean(means)
+        norm = self.parallel.clip(self.model.student.parameters(), self.cfg.optim.clip)
         finite = self._check_finite(means, norm, note)
         skip_on_device(self.optimizer, finite)
         self.optimizer.step()
@@ -170,7 +162,7 @@ class Engine:
         self.model.end_update(
             step=self.step, horizon=s.horizon, momentum=momentum, finite=finite if self.guard.deferred else None
         )
-        self.samples_seen += accumulation * self.hardware.batch_size
+        self.samples_seen += self.parallel.world * accumulation * self.hardware.batch_size
         # ------------------------------------------------------------------------------------------------------------
         return means | {
             "Train/gradient_norm": norm.detach(),
@@ -191,13 +183,15 @@ class Engine:
                 batch_size=h.batch_size,
                 num_workers=h.num_workers,
                 pin_memory=h.pin_memory,
+                rank=self.parallel.rank,
+                world=self.parallel.world,
             )
         )
 
     def _next(self, batches: Iterator[CropBatch]) -> CropBatch:
         start = time.perf_counter()
         batch = next(batches)
-        self._waited += time.perf_counter() - start
+        self.records.waited += time.perf_counter() - start
         self._note.positions += batch.positions
         return batch
 
@@ -207,6 +201,14 @@ class Engine:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
+
+    def _stops(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop: all of them stop behind the same step."""
+        stop.signal = self.parallel.highest(stop.signal or 0) or None
+        return stop.requested
+
+    def _improved(self) -> bool:
+        return self.parallel.led(self.looks.improved)
 
     # --- health -----------------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class Engine:
         self.model.discard_update()
         self.step, self.samples_seen, self._note = note.step, note.samples_seen, note
         what = [name for name, value in note.losses.items() if not torch.isfinite(value)]
-        path = self.saver.emergency(self.state_dict() | {"rng": note.rng}, self._meta(emergency=True))
+        path = self.saver.emergency(self.state_dict(note.rng), self._meta(emergency=True))
         message = (
             f"step {self.step + 1}: {', '.join(what) or 'the gradient'} is not finite; training stopped before the "
         )
@@ -260,81 +262,76 @@ class Engine:
             message = advice(self.cfg, self.hardware, parameters=count)
         else:
             message = explain(error)
+        if not (self.parallel.leads and self.parallel.whole):
+            raise TrainingError(f"step {self.step + 1}: {message}") from error
         if self.step == 0 or (self._saved is not None and checkpoints.step_of(self._saved) == self.step):
             raise TrainingError(f"step {self.step + 1}: {message}") from error
         try:  # a failed update moved nothing but the generators
-            saved = self.saver.save(self.state_dict() | {"rng": self._rng()}, self._meta())
+            saved = self.saver.save(self._own_state(self._rng()), self._meta())
         except Exception as second:
             raise TrainingError(f"step {self.step + 1}: {message}; and not saved: {second}") from error
         raise TrainingError(f"step {self.step + 1}: {message}; the state of step {self.step} is in {saved}") from error
 
-    def _gram_share(self, total: Tensor, gram: Tensor) -> Tensor:
-        """Norm of the weighted Gram term's gradient over the whole gradient's, in the last block."""
-        last = list(self.model.student.backbone.vit.blocks[-1].parameters())
-
-        def norm(loss: Tensor) -> Tensor:
-            grads = torch.autograd.grad(loss, last, retain_graph=True, allow_unused=True)
-            return nn.utils.get_total_norm([g for g in grads if g is not None])
-
-        return (self.cfg.loss.gram.weight * norm(gram) / norm(total).clamp_min(1e-12)).detach()
-
     # --- reporting --------------------------------------------------------------------------------------------------
 
-    def _record_due(self, step: int, every: int = 1) -> bool:
-        return step == 1 or step % (self.cfg.tracker.every * every) == 0
-
     def _report(self, scalars: Scalars, judged: dict[str, float]) -> None:
-        """Note the step; on every tracker.every-th, fetch what was noted from the device at once and pass it on."""
-        self._pending.append((self.step, scalars | judged))
-        if self._clock.line_due() or self._finished():
-            log.info(self._clock.line(self.step, self.samples_seen, float(scalars["loss/total"])))
-        if judged or self._record_due(self.step) or self._finished():
+        self.records.add(self.step, self.samples_seen, scalars | judged, last=self._finished())
+        if judged or self.records.due(self.step) or self._finished():
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pending:
-            return
-        self._settle()
-        losses = torch.stack([scalars["loss/total"] for _, scalars in self._pending]).tolist()
-        for (step, _), loss in zip(self._pending, losses, strict=True):
-            if spike := self.anomalies.check_loss(step, loss):
-                log.warning(spike.message)
-        step, last = self._pending[-1]
-        self._pending.clear()
-        tensors = {name: value for name, value in last.items() if isinstance(value, Tensor)}
-        fetched = torch.stack([value.float() for value in tensors.values()]).tolist()  # one transfer for all
-        record = last | dict(zip(tensors, fetched, strict=True))
-        record |= self._clock.rates(step, self.samples_seen, self._waited)
-        record["Train/ln_K"] = math.log(self.cfg.loss.out_dim)
-        if self.hardware.device.type == "cuda":
-            record["Train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.tracker.log(step, record)
-        signs = self.anomalies.check_record(step, record)
-        for sign in signs:
-            log.critical(sign.message)
-        if signs:
-            self.saver.emergency(self.state_dict(), self._meta(emergency=True))
+        if self.records.waiting:
+            self._settle()
+            if self.records.write(self.samples_seen):
+                self.saver.emergency(self.state_dict(), self._meta(emergency=True))
 
     # --- what is written --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors of the whole state; on whatever device, `load` brings them back through the CPU."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer_state(self.optimizer),
-            "rng": rng_state(),
+    def state_dict(self, rng: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Tensors of the whole state; on whatever device, `load` brings them back through the CPU.
+
+        Of several ranks all must ask, and the first gets it: a checkpoint is one file, however many ranks wrote it, and
+        any number goes on from it. `rng`: the generators' state, where it is not that of now.
+        """
+        generators = self.parallel.each(rng or rng_state())
+        state = self._own_state(generators[0])
+        if len(generators) > 1:
+            state["rng_ranks"] = {str(rank): found for rank, found in enumerate(generators)}
+        return state
+
+    def _own_state(self, rng: dict[str, Any]) -> dict[str, Any]:
+        """`state_dict` without the others: where each rank holds the whole model, none is asked."""
+        model = {name: self._whole(tensor) for name, tensor in self.model.state_dict().items()}
+        moments = {
+            name: {key: self._whole(value) for key, value in state.items()}
+            for name, state in optimizer_state(self.optimizer).items()
         }
+        return {"model": model, "optimizer": moments, "rng": rng}
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of the state for the one file; put together from shares, it is let go by those who do not write."""
+        if self.parallel.whole:
+            return tensor
+        tensor = whole(tensor)
+        return tensor.cpu() if self.parallel.leads else tensor.new_empty(0)
 
     def load_state_dict(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        self.model.load_state_dict(state["model"])
+        own = self.model.state_dict()
+        self.model.load_state_dict({n: like(t, own[n]) if n in own else t for n, t in state["model"].items()})
         load_optimizer_state(self.optimizer, state["optimizer"])
-        restore_rng(state["rng"])
-        self.anomalies.load(meta["anomalies"])
+        ranks = state.get("rng_ranks", {})
+        if len(ranks) == self.parallel.world:
+            restore_rng(ranks[str(self.parallel.rank)])
+        elif self.parallel.leads:  # of another number of ranks: the others keep seeds of their own
+            restore_rng(state["rng"])
+        self.records.anomalies.load(meta["anomalies"])
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.looks.resume(meta.get("best_rank"))
 
     def _meta(self, *, emergency: bool = False) -> dict[str, Any]:
-        meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.anomalies.state()}
+        meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.records.state()}
         meta["best_rank"] = self.looks.best_rank
-        return self.meta | meta | ({"positions": self._note.positions} if emergency else {})
+        if emergency:
+            meta["positions"] = [at for found in self.parallel.each(self._note.positions) for at in found]
+        return self.meta | meta

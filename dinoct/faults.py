@@ -18,6 +18,8 @@ def explain(error: BaseException) -> str:
         name = "loading failed"
     elif isinstance(error, DinoctError):
         return text
+    if is_lost_rank(error):
+        return f"another rank is gone ({text[:120]})"
     if "Too many open files" in text or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         return "too many open files: raise the limit (ulimit -n 65536) or lower hardware.num_workers"
     gone = [errno.EIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN]
@@ -28,6 +30,14 @@ def explain(error: BaseException) -> str:
     if "bus error" in text.lower() or "shared memory" in text.lower():
         return f"shared memory is full ({text[:120]}): raise it (docker --shm-size) or lower hardware.num_workers"
     return f"{name}: {text[:300]}" if text else name
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an exchange failed because another rank is gone: that one knows why."""
+    text = str(error)
+    return isinstance(error, torch.distributed.DistBackendError | torch.distributed.DistNetworkError) or any(
+        part in text for part in ("Connection closed by peer", "Connection reset by peer", "[gloo", "gloo/transport")
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,7 +27,13 @@ class Hardware:
     accumulation_steps: int
     amp: bool
     threads: int
+    processes: int = 1  # ranks that train together, each with these settings
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def effective_batch(self) -> int:
+        """Slices of one optimiser update."""
+        return self.batch_size * self.accumulation_steps * self.processes
 
     def autocast(self) -> torch.autocast:
         """bf16 autocast where `amp`, else a context that does nothing. Never fp16: its scaler skips steps."""
@@ -44,6 +50,7 @@ class Hardware:
             "accumulation_steps": self.accumulation_steps,
             "amp": "bf16" if self.amp else "off",
             "threads": self.threads,
+            "processes": self.processes,
             "attention": attention_backend(self.platform, self.amp),
         }
 
@@ -74,17 +81,24 @@ def attention_backend(platform_name: str, amp: bool) -> str:
 
 def keep_effective_batch(hardware: Hardware, effective: int) -> Hardware:
     """The same hardware with the accumulation that brings an update nearest to `effective` slices."""
-    if hardware.batch_size * hardware.accumulation_steps == effective:
+    if hardware.effective_batch == effective:
         return hardware
-    steps = max(1, round(effective / hardware.batch_size))
-    exact = "" if steps * hardware.batch_size == effective else f", nearest to {effective}"
+    steps = max(1, round(effective / (hardware.batch_size * hardware.processes)))
+    exact = "" if steps * hardware.batch_size * hardware.processes == effective else f", nearest to {effective}"
     reasons = hardware.reasons | {"accumulation_steps": f"keeps the checkpoint's effective batch{exact}"}
     return replace(hardware, accumulation_steps=steps, reasons=reasons)
 
 
-def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardware:
+def resolve(
+    hardware: HardwareConfig,
+    steps: StepsConfig | None = None,
+    *,
+    processes: int = 1,
+    device: torch.device | None = None,
+) -> Hardware:
     """Fill every value that is null or auto. On a card ``train.batch_size=auto`` is the preset's until it was tried out
-    (`dinoct.checkup.batchsize`).
+    (`dinoct.checkup.batchsize`). Of several `processes` on this machine each gets its share of the cores, and its
+    `device`.
 
     Raises:
         ConfigError: if a device is asked for that is not there, or a number is out of range.
@@ -103,8 +117,11 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
             f"hardware.device={name} was asked for, but torch {torch.__version__} finds {found} here: "
             "take hardware.device=auto or hardware.device=cpu"
         )
+    if processes > 1:
+        reasons["processes"] = "ranks, each with these settings"
     preset = f"hardware={hardware.name}"
-    cores = os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
+    cores = max(1, (os.cpu_count() or 1) // here)
 
     def pick(key: str, typed: Any, recommended: Any, source: str, auto: Any, reason: str) -> Any:
         if typed is not None:
@@ -127,7 +144,7 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
         reasons["batch_size"] = f"auto: {source}; not tried out on the CPU, where too much swaps and does not fail"
     return Hardware(
         platform=name,
-        device=torch.device("cpu" if name == "cpu" else "cuda"),
+        device=device or torch.device("cpu" if name == "cpu" else "cuda"),
         card=card_name(name),
         num_workers=pick("num_workers", hardware.num_workers, None, "", workers, f"{cores} cores, {name}"),
         pin_memory=pick("pin_memory", hardware.pin_memory, None, "", name == "cuda", f"{name} memory"),
@@ -137,11 +154,12 @@ def resolve(hardware: HardwareConfig, steps: StepsConfig | None = None) -> Hardw
             steps.accumulation_steps,
             None,
             "train",
-            max(1, round(EFFECTIVE_BATCH / batch_size)),
+            max(1, round(EFFECTIVE_BATCH / (batch_size * processes))),
             f"effective batch near {EFFECTIVE_BATCH}",
         ),
         amp=pick("amp", steps.amp, None, "train", amp, "bf16 where the device has it"),
-        threads=pick("threads", hardware.threads, None, "", torch.get_num_threads(), "torch's default"),
+        threads=pick("threads", hardware.threads, None, "", max(1, torch.get_num_threads() // here), "torch's default"),
+        processes=processes,
         reasons=reasons,
     )
 

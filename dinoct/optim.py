@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dinoct.config import OptimConfig
+from dinoct.parallel import like
 
 
 def parameter_groups(model: nn.Module, *, depth: int, cfg: OptimConfig) -> list[dict]:
@@ -75,5 +76,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, dict
     numbers = [
         (name, i) for group in own["param_groups"] for name, i in zip(group["names"], group["params"], strict=True)
     ]
-    own["state"] = {i: state[name] for name, i in numbers if name in state}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own["state"] = {
+        i: {key: like(value, parameters[i]) for key, value in state[name].items()}
+        for name, i in numbers
+        if name in state
+    }
     optimizer.load_state_dict(own)

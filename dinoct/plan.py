@@ -103,6 +103,6 @@ def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> No
     validate(plan.cfg)
     resume.check_shapes(stored, plan.config_dict())
     plan.changes = resume.changes(stored, plan.config_dict())
-    plan.choices = checkpoint.meta["choices"] | {"hardware": plan.choices["hardware"]}
+    plan.choices = checkpoint.meta["choices"] | {key: plan.choices[key] for key in ("hardware", "parallel")}
     plan.checkpoint = checkpoint
     plan.run_dir = str(Path(plan.run_dir or checkpoint.path.parent).absolute())

@@ -15,6 +15,7 @@ from dinoct.rundir import RUNS, newest_runs
 FRESH = (
     "hardware",
     "engine",
+    "parallel",
     "run_dir",
     "resume",
     "replay",

@@ -1,10 +1,12 @@
 """Carrying out the plan of a training run."""
 
+import logging
 import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from dinoct.announce import announce
 from dinoct.checkup.batchsize import fit_batch
 from dinoct.cli import DONE, FAILED, Outcome
 from dinoct.config import build_engine
-from dinoct.console import log, run_log
+from dinoct.console import console, log, run_log
 from dinoct.data.dataset import SliceViews, open_split
 from dinoct.data.views import ViewMaker
 from dinoct.engine import Engine
@@ -26,23 +28,32 @@ from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import build_optimizer
+from dinoct.parallel import Parallel
 from dinoct.plan import RunPlan
 from dinoct.rundir import RUNS, RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import ENDLESS_HORIZON, Schedules
 from dinoct.tracking import Tracker, build_tracker
 
+RANK_SEEDS = 1_000_003  # between two ranks' generators
 
-def execute(plan: RunPlan) -> Outcome:
+
+def execute(plan: RunPlan, parallel: Parallel | None = None) -> Outcome:
     """Train as planned, in a run folder of its own; or replay a step, or look ahead at what the run would take.
+
+    Args:
+        plan: of the run.
+        parallel: this rank's place, where several train; the first of them writes.
 
     Raises:
         DinoctError: with one line; the traceback of anything unforeseen is in the run's train.log.
     """
-    hardware = resolve(plan.cfg.hardware, plan.cfg.train)
+    parallel = parallel or Parallel()
+    hardware = resolve(plan.cfg.hardware, plan.cfg.train, processes=parallel.world, device=parallel.device)
     if plan.checkpoint is not None and "train.accumulation_steps" not in plan.typed:
         before = plan.checkpoint.meta["hardware"]
-        hardware = keep_effective_batch(hardware, before["batch_size"] * before["accumulation_steps"])
+        effective = before["batch_size"] * before["accumulation_steps"] * before.get("processes", 1)
+        hardware = keep_effective_batch(hardware, effective)
     data = open_split(plan.cfg.data)  # what is wrong with the data is said before a folder is made
     torch.set_num_threads(hardware.threads)
     torch.manual_seed(plan.cfg.seed)
@@ -50,10 +61,12 @@ def execute(plan: RunPlan) -> Outcome:
         return _replay(plan, hardware, data)
     if plan.cfg.preflight:
         return _preflight(plan, hardware, data)
+    if not parallel.leads:
+        return _follow(plan, hardware, data, parallel)
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place or plan.requeued)
     with folder, run_log(folder.path / "train.log"):
         try:
-            return _train(plan, hardware, data, folder)
+            return _train(plan, hardware, data, folder, parallel)
         except (DinoctError, KeyboardInterrupt) as error:
             log.debug("failed", exc_info=True)
             _mark_failed(folder, error)
@@ -115,12 +128,17 @@ class _Parts:
     notes: list[str]  # what starting from other weights changed
 
 
-def _parts(plan: RunPlan, hardware: Hardware) -> _Parts:
+def _parts(plan: RunPlan, hardware: Hardware, parallel: Parallel | None = None) -> _Parts:
     """Model and optimiser: at random, or from init_from; a checkpoint is loaded over both later."""
+    parallel = parallel or Parallel()
     cfg = plan.cfg
     model = SelfDistillation(cfg.model, cfg.loss, grad_checkpoint=cfg.train.grad_checkpoint)
     notes = _start_from(model, cfg.model.init_from) if plan.checkpoint is None and cfg.model.init_from else []
+    model.parallel = parallel
+    parallel.shard(model, amp=hardware.amp)
     model.to(hardware.device)
+    if parallel.rank:  # the same weights on every rank, but a drop path of its own
+        torch.manual_seed(cfg.seed + RANK_SEEDS * parallel.rank)
     return _Parts(model, build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim), _horizon(plan), notes)
 
 
@@ -149,6 +167,7 @@ def _engine(
         run=folder,
         tracker=tracker,
         meta=meta,
+        parallel=parts.model.parallel,
     )
     if plan.checkpoint is not None:
         engine.load_state_dict(plan.checkpoint.state, plan.checkpoint.meta)
@@ -156,12 +175,23 @@ def _engine(
     return engine
 
 
-def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder) -> Outcome:
+def _follow(plan: RunPlan, hardware: Hardware, data: tuple, parallel: Parallel) -> Outcome:
+    """Train beside the rank that leads: the same steps and looks, of which nothing is kept."""
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+    console.quiet = True
+    with TemporaryDirectory() as scratch:
+        parts = _parts(plan, hardware, parallel)
+        engine = _engine(plan, hardware, data, parts, RunFolder(Path(scratch)), Tracker(None, []), {})
+        return Outcome(engine.fit().exit_status)
+
+
+def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder, parallel: Parallel) -> Outcome:
     cfg, checkpoint = plan.cfg, plan.checkpoint
     train_index, _, _, manifest = data
     if cfg.tracker.group is None:  # a run that is in no sweep makes a group with its evaluations
         cfg.tracker.group = plan.sweep or folder.path.name
-    parts = _parts(plan, hardware)
+    parts = _parts(plan, hardware, parallel)
     hardware = fit_batch(plan, hardware, parts.model, slices=len(train_index))
     meta = {
         "config": plan.config_dict(),

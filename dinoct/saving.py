@@ -17,10 +17,13 @@ HEADROOM = 1.05
 
 
 class Saver:
-    """Writes the checkpoints of one run folder, and rotates them only behind one that was read back."""
+    """Writes the checkpoints of one run folder, and rotates them only behind one that was read back.
 
-    def __init__(self, folder: Path, cfg: CkptConfig):
-        self.folder, self.cfg = folder, cfg
+    Of several ranks one `writes`; the others are told what it writes, and do nothing.
+    """
+
+    def __init__(self, folder: Path, cfg: CkptConfig, *, writes: bool = True):
+        self.folder, self.cfg, self.writes = folder, cfg, writes
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.
@@ -29,6 +32,8 @@ class Saver:
             CheckpointError: if it cannot be written or does not verify; older checkpoints are all kept then.
         """
         path = self._write(checkpoints.checkpoint_name(meta["step"]), state, meta)
+        if not self.writes:
+            return path
         checkpoints.verify(path)
         checkpoints.rotate(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
         return path
@@ -43,6 +48,8 @@ class Saver:
 
     def keep_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Keep the state as ``checkpoint_best_{step}.pth`` in place of the older best; a failure is reported."""
+        if not self.writes:
+            return
         regular = self.folder / checkpoints.checkpoint_name(meta["step"])
         best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
         try:
@@ -65,6 +72,8 @@ class Saver:
 
     def _write(self, name: str, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         start, path = time.perf_counter(), self.folder / name
+        if not self.writes:
+            return path
         check_space(self.folder, state_bytes(state))
         size = checkpoints.save(path, state, meta)
         log.info("saved %s (%.1f MB, %.1f s)", name, size / 1e6, time.perf_counter() - start)

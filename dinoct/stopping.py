@@ -13,13 +13,15 @@ ON_LOAN = (signal.SIGUSR1, signal.SIGUSR2)
 class StopRequest:
     """While active, SIGINT, SIGTERM and SIGHUP only ask for a stop; a second SIGINT interrupts at once.
 
-    So do SIGUSR1 and SIGUSR2, where something in this process listens to them.
+    So do SIGUSR1 and SIGUSR2, where something in this process listens to them. A rank that a launcher started gets each
+    signal twice, from the terminal and from the launcher: with `patient` it counts once, and behind the block too.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *ON_LOAN)
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.signal: int | None = None
+        self._patient = patient
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -33,10 +35,10 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._patient and self.requested else handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.signal == signal.SIGINT and number == signal.SIGINT:
+        if self.signal == signal.SIGINT and number == signal.SIGINT and not self._patient:
             raise KeyboardInterrupt
         self.signal = number
 

@@ -19,9 +19,9 @@ def task(composed: DictConfig) -> Outcome:
 
     plan = plan_run(composed, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
-    from dinoct.run import execute
+    from dinoct.launch import launch
 
-    return execute(plan)
+    return launch(plan)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -59,8 +59,7 @@ def validate(cfg: TrainConfig) -> None:
         raise ConfigError(f"seed must be at least 0, not {cfg.seed}")
     _choice("tracker.wandb", cfg.tracker.wandb, ("offline", "online", "disabled"))
     _choice("hardware.device", cfg.hardware.device, ("auto", "cuda", "rocm", "cpu"))
-    if cfg.parallel.processes != 1:
-        raise ConfigError(f"parallel.processes must be 1 in this version, not {cfg.parallel.processes}")
+    _parallel(cfg)
 
 
 def validate_probe(probe: ProbeConfig) -> None:
@@ -199,6 +198,17 @@ def _optim(optim: OptimConfig) -> None:
         _share(f"optim.{key}", getattr(optim, key))
     if len(optim.betas) != 2:
         raise ConfigError(f"optim.betas needs two numbers, not {optim.betas}")
+
+
+def _parallel(cfg: TrainConfig) -> None:
+    name, processes = cfg.parallel.name, cfg.parallel.processes
+    _choice("parallel.name", name, ("none", "ddp", "fsdp"))
+    if processes is not None and processes < 1:
+        raise ConfigError(f"parallel.processes must be at least 1, not {processes}")
+    if name == "none" and processes not in (None, 1):
+        raise ConfigError(f"parallel.processes={processes} needs parallel=ddp, or parallel=fsdp for a model too large")
+    if name != "none" and cfg.train.batch_size == AUTO:
+        raise ConfigError("train.batch_size=auto tries out one card: find the size with parallel=none, then give it")
 
 
 def _batch_size(value: int | str | None) -> None:

@@ -71,7 +71,7 @@ def test_parameter_counts(name, millions):
         (["aug.global_scale=[0.9,0.1]"], "aug.global_scale must be two rising numbers"),
         (["aug.local_crops=2", "aug.local_size=100"], "aug.local_size=100 is not a multiple of model.patch=14"),
         (["optim.min_lr=1"], "optim.min_lr=1 is above optim.lr"),
-        (["parallel.processes=2"], "parallel.processes must be 1"),
+        (["parallel.processes=2"], "parallel.processes=2 needs parallel=ddp"),
     ],
 )
 def test_wrong_combinations_name_the_key(overrides, says):

@@ -109,22 +109,25 @@ class SliceViews(Dataset):
 
 
 class StreamSampler(Sampler[list[int]]):
-    """Consecutive positions in micro-batches, endlessly, from any position on."""
+    """Consecutive positions in micro-batches, endlessly, from any position on.
 
-    def __init__(self, *, start: int, batch_size: int):
-        self.start, self.batch_size = start, batch_size
+    Of several ranks each takes its share of every micro-batch: N ranks with B slices read what one reads with N x B.
+    """
+
+    def __init__(self, *, start: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.start, self.batch_size, self.rank, self.world = start, batch_size, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = self.start
+        position = self.start + self.rank * self.batch_size
         while True:
             yield list(range(position, position + self.batch_size))
-            position += self.batch_size
+            position += self.world * self.batch_size
 
 
 def mask_fields(masks: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """The three fields of a `CropBatch` that belong to masks ``[Vg * B, P]``."""
+    """The three fields of a `CropBatch` that belong to masks ``[Vg * B, P]``, or to none."""
     if masks is None:
-        return {"masks": None, "masked": None, "mask_weights": None}
+        return {"masks": None, "masked": torch.empty(0, dtype=torch.int64), "mask_weights": torch.empty(0)}
     weights = (1.0 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
     return {"masks": masks, "masked": masks.flatten().nonzero().squeeze(1), "mask_weights": weights}
 
@@ -148,15 +151,24 @@ def collate(items: list[dict]) -> CropBatch:
     )
 
 
-def train_loader(dataset: SliceViews, *, start: int, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Micro-batches from position `start` on.
+def train_loader(
+    dataset: SliceViews,
+    *,
+    start: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Micro-batches from position `start` on; of several ranks, this rank's share.
 
     The loader has a random generator of its own: creating its iterator draws from the global one otherwise, and a
     resumed run would differ from an uninterrupted one.
     """
     return DataLoader(
         dataset,
-        batch_sampler=StreamSampler(start=start, batch_size=batch_size),
+        batch_sampler=StreamSampler(start=start, batch_size=batch_size, rank=rank, world=world),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),

@@ -1,5 +1,7 @@
 """Self-distillation between crops (Caron et al. 2021, arXiv:2104.14294) and its two ways to centre the teacher."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +20,9 @@ def center_softmax(logits: Tensor, *, center: Tensor, temperature: float) -> Ten
     return F.softmax((logits.float() - center) / temperature, dim=-1)
 
 
-def sinkhorn_knopp(logits: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(
+    logits: Tensor, *, temperature: float, iterations: int = 3, over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """Teacher probabilities with equal use of all prototypes over the batch (Caron et al. 2020, arXiv:2006.09882).
 
     Works on logarithms: no exponential is taken before the scale is known, so that logits of any size are safe.
@@ -27,12 +31,13 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, iterations: int = 3) -
         logits: teacher logits ``[N, K]``; the balance is over all N rows.
         temperature: teacher temperature.
         iterations: rounds of prototype and sample normalisation.
+        over_ranks: where several ranks hold rows of the batch: log of the sum over the ranks of exp, for ``[1, K]``.
     Returns:
         Probabilities ``[N, K]``, float32; rows sum to 1.
     """
     log_q = logits.float() / temperature  # [N, K]
     for _ in range(iterations):
-        log_q = log_q - torch.logsumexp(log_q, dim=0, keepdim=True)  # every prototype the same mass
+        log_q = log_q - over_ranks(torch.logsumexp(log_q, dim=0, keepdim=True))  # every prototype the same mass
         log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True)  # every sample mass 1
     return log_q.exp()
 

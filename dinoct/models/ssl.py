@@ -1,7 +1,7 @@
 """Student, EMA teacher and Gram teacher: crops in, the terms of the objective out."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +12,7 @@ from dinoct import losses
 from dinoct.config import LossConfig, ModelConfig
 from dinoct.models.backbone import Backbone
 from dinoct.models.head import PrototypeHead
+from dinoct.parallel import Parallel, local
 
 
 @dataclass
@@ -20,9 +21,9 @@ class CropBatch:
 
     global_crops: Tensor  # [Vg * B, 1, S, S] in [0, 1]
     local_crops: Tensor | None  # [Vl * B, 1, s, s]
-    masks: Tensor | None  # [Vg * B, P] booleans
-    masked: Tensor | None  # [M] flat indices of the masked patches: made on the host, the device need not count them
-    mask_weights: Tensor | None  # [M] 1 / masked patches of the same crop
+    masks: Tensor | None  # [Vg * B, P] booleans; None where no patch is masked
+    masked: Tensor  # [M] flat indices of the masked patches: made on the host, the device need not count them
+    mask_weights: Tensor  # [M] 1 / masked patches of the same crop
     groups: Tensor  # [B] number of the slice's series
     positions: list[int]  # [B] positions in the sample order
     gram_crops: Tensor | None = None  # [Vg * B, 1, G, G] the global crops at the Gram teacher's size, where it differs
@@ -64,6 +65,7 @@ class SelfDistillation(nn.Module):
     def __init__(self, model: ModelConfig, loss: LossConfig, *, grad_checkpoint: bool = False):
         super().__init__()
         self.cfg = loss
+        self.parallel = Parallel()  # one process; where several ranks train, the run puts theirs here
         self.student = Network(model, loss, drop_path=model.drop_path, grad_checkpoint=grad_checkpoint)
         self.teacher = Network(model, loss, drop_path=0.0, grad_checkpoint=False)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -90,8 +92,8 @@ class SelfDistillation(nn.Module):
             all_cls = torch.cat([cls, self.student.backbone(batch.local_crops)[0]])
         logits = self.student.dino_head(all_cls).float().unflatten(0, (-1, n_slices))  # [Vg + Vl, B, K]
         masked = None
-        if self.student.ibot_head is not None and teacher.patch_probs is not None:
-            masked = self.student.ibot_head(patches.flatten(0, 1)[batch.masked])  # [M, K]
+        if self.student.ibot_head is not None:
+            masked = self.student.ibot_head(patches.flatten(0, 1)[batch.masked])  # [M, K], M may be 0
         with torch.autocast(cls.device.type, enabled=False):
             return self._losses(batch, teacher, cls, patches, logits, masked)
 
@@ -113,7 +115,7 @@ class SelfDistillation(nn.Module):
                 teacher_probs=teacher.probs.unflatten(0, (-1, n_slices)),
                 student_temperature=cfg.dino.student_temperature,
             ),
-            "koleo": sum(losses.koleo_loss(view, groups=batch.groups) for view in cls.split(n_slices)),
+            "koleo": self._koleo(cls.split(n_slices), batch.groups),
             "gram": gram.mean(),
         }
         if masked is not None:
@@ -121,24 +123,40 @@ class SelfDistillation(nn.Module):
                 student_logits=masked,
                 teacher_probs=teacher.patch_probs,
                 weights=batch.mask_weights,
-                n_images=len(batch.masks),
+                n_images=len(cls),
                 student_temperature=cfg.dino.student_temperature,
             )
-        elif self.student.ibot_head is not None:
-            terms["ibot"] = patches.sum() * 0.0  # no crop of this micro-batch drew a mask
         total = sum(getattr(cfg, name).weight * value for name, value in terms.items())
         scalars = {f"loss/{name}": value.detach() for name, value in terms.items()} | {"loss/total": total.detach()}
         with torch.no_grad():
             scalars |= distribution_gauges(logits, teacher.probs, terms["dino"], cfg.dino.student_temperature)
-            scalars |= feature_gauges(teacher.cls) | gram_gauges(gram, batch.masks)
+            scalars |= feature_gauges(teacher.cls)
+            if masked is not None:
+                scalars |= gram_gauges(gram, batch.masks)
         return LossTerms(total, terms["gram"], scalars)
+
+    def _koleo(self, views: Sequence[Tensor], groups: Tensor) -> Tensor:
+        """Summed over the views ``[B, D]``; neighbours are looked for among the slices of all ranks."""
+        ranks = self.parallel
+        groups = ranks.rows(groups)
+        return ranks.own(sum(losses.koleo_loss(ranks.rows(view.float()), groups=groups) for view in views))
+
+    def gram_share(self, terms: LossTerms) -> Tensor:
+        """Norm of the weighted Gram term's gradient over the whole gradient's, in the last block; 0-d."""
+        last = list(self.student.backbone.vit.blocks[-1].parameters())
+
+        def norm(loss: Tensor) -> Tensor:
+            grads = torch.autograd.grad(loss, last, retain_graph=True, allow_unused=True)
+            return nn.utils.get_total_norm([g for g in grads if g is not None])
+
+        return (self.cfg.gram.weight * norm(terms.gram) / norm(terms.total).clamp_min(1e-12)).detach()
 
     @torch.no_grad()
     def _teach(self, batch: CropBatch, temperature: float) -> "TeacherOutput":
         cls, patches = self.teacher.backbone(batch.global_crops)
         logits = self.teacher.dino_head(cls).float()  # [Vg * B, K]
         out = TeacherOutput(cls.float(), self._target("dino", logits, temperature), self._gram_patches(batch, patches))
-        if self.teacher.ibot_head is not None and batch.masked is not None:
+        if self.teacher.ibot_head is not None:
             masked = self.teacher.ibot_head(patches.flatten(0, 1)[batch.masked]).float()  # [M, K]
             out.patch_probs = self._target("ibot", masked, temperature)
         return out
@@ -157,7 +175,7 @@ class SelfDistillation(nn.Module):
         getattr(self, f"{name}_center_sum").add_(logits.sum(dim=0))
         getattr(self, f"{name}_center_count").add_(len(logits))
         if self.cfg.dino.centering == "sinkhorn":
-            return losses.sinkhorn_knopp(logits, temperature=temperature)
+            return losses.sinkhorn_knopp(logits, temperature=temperature, over_ranks=self.parallel.logsumexp)
         return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
 
     @torch.no_grad()
@@ -167,7 +185,7 @@ class SelfDistillation(nn.Module):
         Where `finite` (0-d boolean that the host does not know yet) is false, the update was skipped on the device and
         nothing moves here.
         """
-        teacher, student = ([p.data for p in side.parameters()] for side in (self.teacher, self.student))
+        teacher, student = ([local(p) for p in side.parameters()] for side in (self.teacher, self.student))
         if finite is None:
             torch._foreach_lerp_(teacher, student, 1.0 - momentum)
         else:
@@ -177,6 +195,7 @@ class SelfDistillation(nn.Module):
         for name in ("dino", "ibot"):
             total, count = getattr(self, f"{name}_center_sum"), getattr(self, f"{name}_center_count")
             center = getattr(self, f"{name}_center")
+            self.parallel.sum_(total, count)
             usable = count > 0 if finite is None else (count > 0) & finite
             mean = torch.where(usable, total / count.clamp_min(1), center)
             center.lerp_(mean, 1.0 - self.cfg.dino.center_momentum)
@@ -244,10 +263,8 @@ def distribution_gauges(
 
 
 def gram_gauges(per_patch: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
-    """Gram loss on masked and on seen patches; without masks there is nothing to tell apart."""
-    if masks is None:
-        return {}
-    masked = masks.float()  # [Vg * B, P]
+    """Gram loss on masked and on seen patches, both ``[Vg * B, P]``; 0 where there are none."""
+    masked = torch.zeros_like(per_patch) if masks is None else masks.float()
     return {
         "Train/gram_masked": (per_patch * masked).sum() / masked.sum().clamp_min(1),
         "Train/gram_seen": (per_patch * (1 - masked)).sum() / (1 - masked).sum().clamp_min(1),

@@ -2,7 +2,6 @@
 
 import weakref
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 from dinoct.checkup.batchsize import synthetic_batch
 from dinoct.config import TrainConfig
-from dinoct.engine import Engine
 from dinoct.hardware import Hardware
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import SelfDistillation
@@ -76,7 +74,7 @@ def highest(cfg: TrainConfig, hardware: Hardware, *, fake: bool = False) -> int:
                 with hardware.autocast():
                     terms = model(batch, teacher_temperature=0.07)
                 if batches:
-                    Engine._gram_share(SimpleNamespace(model=model, cfg=cfg), terms.total, terms.gram)
+                    model.gram_share(terms)
                 terms.total.backward()
                 del batch, terms
     return alive.peak - 4 * parameter_count(model.student)

@@ -94,6 +94,7 @@ def views(channels: int) -> list[torch.Tensor]:
 
 def dinoct_step(settings: TrainConfig) -> Step:
     """What `dinoct.engine` does in an update, less its bookkeeping."""
+    from dinoct.data.dataset import mask_fields
     from dinoct.models.ssl import CropBatch, SelfDistillation
     from dinoct.optim import apply_schedule, build_optimizer
     from dinoct.schedules import Schedules
@@ -107,9 +108,7 @@ def dinoct_step(settings: TrainConfig) -> Step:
     batch = CropBatch(
         global_crops=torch.cat(found[: GLOBAL[0]]),
         local_crops=torch.cat(found[GLOBAL[0] :]),
-        masks=None,
-        masked=None,
-        mask_weights=None,
+        **mask_fields(None),
         groups=torch.arange(BATCH),
         positions=list(range(BATCH)),
     )
