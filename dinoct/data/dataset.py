@@ -68,8 +68,8 @@ def open_split(data: DataConfig) -> tuple[SliceIndex, SliceIndex, SliceStore, Sp
 
 def read_slice(index: SliceIndex, store: SliceStore, i: int) -> np.ndarray:
     """Slice i as square ``[N, N]`` int16 HU."""
-    hu = store.read(index.series_name(i), int(index.row[i]))
-    return letterbox(hu, (float(index.spacing_row_mm[i]), float(index.spacing_col_mm[i])))
+    hu = store.read(index.series_name(i), index.at("row", i))
+    return letterbox(hu, (index.at("spacing_row_mm", i), index.at("spacing_col_mm", i)))
 
 
 def middle_slice(index: SliceIndex) -> int:
@@ -103,9 +103,9 @@ class SliceViews(Dataset):
     def __getitem__(self, position: int) -> dict:
         epoch, i = self.slice_at(position)
         rng = np.random.default_rng([self.seed, epoch, i, 1])  # the 1 keeps it apart from the order's generator
-        spacing = min(float(self.index.spacing_row_mm[i]), float(self.index.spacing_col_mm[i]))  # after the letterbox
+        spacing = min(self.index.at("spacing_row_mm", i), self.index.at("spacing_col_mm", i))  # after the letterbox
         item = self.views(read_slice(self.index, self.store, i), rng, spacing)
-        return item | {"group": int(self.index.series[i]), "position": position}
+        return item | {"group": self.index.at("series", i), "position": position}
 
 
 class StreamSampler(Sampler[list[int]]):

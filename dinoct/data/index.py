@@ -1,22 +1,23 @@
 """`index.csv`: one row per slice, and its columnar form in memory.
 
-Strings that repeat (series, patient, manufacturer, kernel) are integer codes into a tuple of names, so that the index
-of 244,000 slices costs about 60 MB in a loader process and not hundreds of megabytes of Python strings.
+Strings that repeat (series, patient, manufacturer, kernel) are integer codes into a tuple of names. Columns are read
+from `index.npy` where that fits the CSV (see `dinoct.data.columns`): millions of rows load in seconds, and all
+processes of a machine share them.
 """
 
 import csv
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
+from dinoct.data.columns import TEMPORARY, load_columns, save_columns
 from dinoct.errors import DinoctError
 
 COLUMNS: dict[str, str] = {
@@ -38,43 +39,63 @@ COLUMNS: dict[str, str] = {
     "checksum": "U8",
 }
 _ROWS_AT_ONCE = 4096
-TEMPORARY = ".tmp"  # files on their way are called .NAME.*.tmp
 
 
-@dataclass(frozen=True)
 class SliceIndex:
     """Columns of equal length n; `series`, `patient`, `manufacturer` and `kernel` hold codes into their `*_names`.
 
     `row` is the place of the slice in its series array; spacings, thickness and `z_mm` are in mm (thickness NaN where
     the header had none); `lossy` is 1 where the pixels went through a lossy codec; `body_fraction` is the share of
     pixels above -500 HU; `checksum` is the CRC-32 (8 hex digits) of the stored little-endian int16 pixels.
+
+    A column is made when it is asked for as a whole; `at` reads one value of it. With millions of rows in a file that
+    is mapped, a process holds what it asked for, and the numbers of its rows.
     """
 
-    slice_id: np.ndarray
-    series: np.ndarray
-    patient: np.ndarray
-    row: np.ndarray
-    z_mm: np.ndarray
-    rows: np.ndarray
-    cols: np.ndarray
-    spacing_row_mm: np.ndarray
-    spacing_col_mm: np.ndarray
-    thickness_mm: np.ndarray
-    manufacturer: np.ndarray
-    kernel: np.ndarray
-    lossy: np.ndarray
-    body_fraction: np.ndarray
-    hu_mean: np.ndarray
-    checksum: np.ndarray
-    series_names: tuple[str, ...]
-    patient_names: tuple[str, ...]
-    manufacturer_names: tuple[str, ...]
-    kernel_names: tuple[str, ...]
+    def __init__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        names: Mapping[str, tuple[str, ...]],
+        rows: np.ndarray | None = None,
+        source: Path | None = None,
+    ):
+        self._columns, self._rows, self._source = columns, rows, source
+        self.series_names, self.patient_names = names["series"], names["patient"]
+        self.manufacturer_names, self.kernel_names = names["manufacturer"], names["kernel"]
+        self._names = names
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in COLUMNS:
+            raise AttributeError(name)
+        column = self._columns[name]
+        if self._rows is not None:
+            column = column[self._rows]
+        if COLUMNS[name].startswith("U"):
+            column = column.astype(COLUMNS[name])
+        self.__dict__[name] = column
+        return column
+
+    def at(self, name: str, i: int) -> int | float:
+        """Value i of a column of numbers or codes, without the rest of it."""
+        return self._columns[name][i if self._rows is None else self._rows[i]].item()
+
+    def __getstate__(self) -> dict:
+        """What is mapped is mapped again in another process, and not sent there."""
+        state = {"columns": self._columns, "names": self._names, "rows": self._rows, "source": self._source}
+        return state | ({"columns": None, "names": None} if self._source else {})
+
+    def __setstate__(self, state: dict) -> None:
+        if state["source"]:
+            state["columns"], state["names"] = load_columns(state["source"])
+        self.__init__(**state)
 
     @classmethod
     def load(cls, path: Path) -> "SliceIndex":
         """Read an `index.csv`. Raises DinoctError (missing file, columns or unreadable values) with one line."""
         path = Path(path)
+        mapped = load_columns(path)
+        if mapped is not None and set(COLUMNS) <= set(mapped[0]):
+            return cls(*mapped, source=path)
         try:
             with path.open(newline="", encoding="utf-8") as handle:
                 return cls._from_reader(csv.reader(handle), path)
@@ -104,21 +125,27 @@ class SliceIndex:
                     column = np.fromiter(map(parse, table[name]), dtype=kind, count=len(batch))
                 parts[name].append(column)
         columns = {name: _joined(parts[name], kind) for name, kind in COLUMNS.items()}
-        return cls(**columns, **{f"{name}_names": tuple(known) for name, known in codes.items()})
+        return cls(columns, {name: tuple(known) for name, known in codes.items()})
+
+    def save_columns(self, path: Path) -> None:
+        """Write the columns beside the `index.csv` that they were read from (see `dinoct.data.columns`)."""
+        save_columns(path, self._columns, self._names)
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(self._columns["row"] if self._rows is None else self._rows)
 
     def series_name(self, i: int) -> str:
-        return self.series_names[self.series[i]]
+        return self.series_names[self.at("series", i)]
 
     def patient_name(self, i: int) -> str:
-        return self.patient_names[self.patient[i]]
+        return self.patient_names[self.at("patient", i)]
 
     def select(self, which: np.ndarray) -> "SliceIndex":
         """Return the rows of a boolean mask [n] or of an array of indices, in that order. Names keep their codes."""
         which = np.asarray(which)
-        return replace(self, **{name: getattr(self, name)[which] for name in COLUMNS})
+        rows = np.flatnonzero(which) if which.dtype == bool else which.astype(np.int64)
+        rows = rows if self._rows is None else self._rows[rows]
+        return SliceIndex(self._columns, self._names, rows, self._source)
 
     def content_hash(self) -> str:
         """Return 16 hex digits that change when any slice, its order, its pixels, its series or its patient changes."""

@@ -39,7 +39,9 @@ class Tables:
         _, _, first = next(self.catalog.series_rows())
         write_csv(self.root / "_index" / "series.csv", ["series", "patient", *first], rows)
         write_csv(self.index_csv, list(COLUMNS), self.catalog.index_rows())
-        return SliceIndex.load(self.index_csv)
+        index = SliceIndex.load(self.index_csv)
+        index.save_columns(self.index_csv)
+        return index
 
     def count_rejects(self) -> Iterator[tuple[str, str, str]]:
         for file_id, kind, reason, is_ct in self.catalog.rejects():
