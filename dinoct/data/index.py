@@ -147,6 +147,13 @@ class SliceIndex:
         rows = rows if self._rows is None else self._rows[rows]
         return SliceIndex(self._columns, self._names, rows, self._source)
 
+    def join(self, other: "SliceIndex") -> "SliceIndex":
+        """Return the rows of this part of an index, then those of `other`, another part of the same."""
+        return SliceIndex(self._columns, self._names, np.concatenate([self._places(), other._places()]), self._source)
+
+    def _places(self) -> np.ndarray:
+        return np.arange(len(self)) if self._rows is None else self._rows
+
     def content_hash(self) -> str:
         """Return 16 hex digits that change when any slice, its order, its pixels, its series or its patient changes."""
         digest = hashlib.blake2b(digest_size=8)

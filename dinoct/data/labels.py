@@ -11,7 +11,6 @@ import zipfile
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from dinoct.data.catalog import Catalog
 from dinoct.data.header import SliceHeader
-from dinoct.data.index import COLUMNS, SliceIndex, write_csv
+from dinoct.data.index import SliceIndex, write_csv
 from dinoct.data.privacy import Hasher, load_or_create_salt
 from dinoct.errors import DinoctError
 
@@ -63,8 +62,7 @@ def load_labels(path: Path, index: SliceIndex, *, partial: bool = False) -> Labe
 
 def load_split_labels(path: Path, train: SliceIndex, val: SliceIndex) -> tuple[Labels, Labels]:
     """Labels of the two sides of one index; see `load_labels`."""
-    columns = {name: np.concatenate([getattr(train, name), getattr(val, name)]) for name in COLUMNS}
-    labels = load_labels(path, replace(train, **columns), partial=True)  # the sides share the codes of their names
+    labels = load_labels(path, train.join(val), partial=True)
     return Labels(labels.codes[: len(train)], labels.names), Labels(labels.codes[len(train) :], labels.names)
 
 
