@@ -108,13 +108,17 @@ def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
     """Verify and read a checkpoint onto the CPU.
 
     Args:
-        path: the file.
+        path: the file; or the folder of a sharded checkpoint, whose state stays on the disk (`dinoct.shards`).
         lazily: map the file and read a tensor when it is used; for those who want a part of it.
     Raises:
         CheckpointError: if it is missing, damaged, or not one of dinoct's.
         DinoctError: if this machine cannot read it now (memory, open files): the file may be whole.
     """
     path = Path(path)
+    if path.is_dir():
+        from dinoct.shards import read
+
+        return read(path)
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
@@ -192,6 +196,15 @@ def set_aside(folder: Path, *, after: int) -> list[Path]:
             os.replace(path, target)
             path.with_name(f"checkpoint_final_{step_of(path):08d}.pth").unlink(missing_ok=True)
             moved.append(target)
+    from dinoct import shards
+
+    for path in shards.list_sharded(folder):
+        if shards.step_of(path) > after:
+            target = path.with_name(path.name.replace("sharded_", "abandoned_sharded_"))
+            while target.exists():
+                target = target.with_name(f"{target.name}x")
+            os.replace(path, target)
+            moved.append(target)
     best = best_checkpoint(folder)
     if best is not None and int(best.stem.removeprefix("checkpoint_best_")) > after:
         target = best.with_name(best.name.replace("checkpoint_", "abandoned_"))
@@ -208,9 +221,13 @@ def find_latest(folders: Iterable[Path]) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint (``None`` where there is none), and a warning for each broken file that was passed over.
     """
+    from dinoct import shards
+
     warnings = []
     for folder in folders:
-        for path in reversed(list_checkpoints(folder)):
+        found = [(step_of(path), 1, path) for path in list_checkpoints(folder)]
+        found += [(shards.step_of(path), 0, path) for path in shards.list_sharded(folder)]
+        for _, _, path in sorted(found, reverse=True):
             try:
                 return load(path), warnings
             except CheckpointError as error:

@@ -150,6 +150,7 @@ class CkptConfig:
     every: int = 100
     keep_last: int = 5
     keep_every: int | None = None  # milestones outside the rotation
+    sharded: bool = False  # fsdp: on the way each rank writes its share; at the end and at a stop it is one file
 
 
 @dataclass

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from dinoct import checkpoint as checkpoints
+from dinoct import shards
+from dinoct.checkpoint import Checkpoint
 from dinoct.config import TrainConfig
 from dinoct.console import log, progress
 from dinoct.data.dataset import SliceViews, train_loader
@@ -73,7 +75,7 @@ class Engine:
         self.cfg, self.model, self.optimizer, self.schedules = cfg, model, optimizer, schedules
         self.hardware, self.train_data, self.meta = hardware, train_data, meta
         self.records = Records(cfg, hardware, horizon=schedules.horizon, tracker=tracker)
-        self.saver = Saver(run.path, cfg.ckpt, writes=self.parallel.leads)
+        self.saver = Saver(run.path, cfg.ckpt, self.parallel)
         self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker)
         self.step = 0
         self.samples_seen = 0
@@ -106,8 +108,7 @@ class Engine:
                     self._report(scalars, judged)
                     bar.update(task, completed=self.step)
                     if self._due(cfg.ckpt.every) and not self._finished():
-                        self._settle()
-                        self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
+                        self._save()
                     if judged and self._improved() and not self._finished():
                         self._settle()
                         self.saver.keep_best(self.state_dict(), self._meta())
@@ -249,6 +250,15 @@ class Engine:
             f"dinoct-train replay={path}, go on from it with resume={path} and a lower optim.lr or optim.clip"
         )
 
+    def _save(self) -> None:
+        """The checkpoint that is due; a failure is reported."""
+        self._settle()
+        if self.cfg.ckpt.sharded and not self.parallel.whole:
+            share = shards.share_of(self.model, self.optimizer)
+            self.saver.try_save_shards(share, self._generators(rng_state()), self._meta())
+        else:
+            self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
+
     def _rng(self) -> dict[str, Any]:
         """Generators as of the last finished step: those before an update that failed on its way."""
         return self._note.rng if self._note.step == self.step and self._note.rng else rng_state()
@@ -293,11 +303,14 @@ class Engine:
         Of several ranks all must ask, and the first gets it: a checkpoint is one file, however many ranks wrote it, and
         any number goes on from it. `rng`: the generators' state, where it is not that of now.
         """
-        generators = self.parallel.each(rng or rng_state())
-        state = self._own_state(generators[0])
-        if len(generators) > 1:
-            state["rng_ranks"] = {str(rank): found for rank, found in enumerate(generators)}
-        return state
+        generators = self._generators(rng or rng_state())
+        return self._own_state(generators["rng"]) | generators
+
+    def _generators(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The generators' states of all ranks; all must ask."""
+        found = self.parallel.each(own)
+        ranks = {"rng_ranks": {str(rank): state for rank, state in enumerate(found)}} if len(found) > 1 else {}
+        return {"rng": found[0]} | ranks
 
     def _own_state(self, rng: dict[str, Any]) -> dict[str, Any]:
         """`state_dict` without the others: where each rank holds the whole model, none is asked."""
@@ -314,6 +327,13 @@ class Engine:
             return tensor
         tensor = whole(tensor)
         return tensor.cpu() if self.parallel.leads else tensor.new_empty(0)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, of one file or of shares; its tensors are let go."""
+        if checkpoint.path.is_dir():
+            shards.load_into(checkpoint, self.model, self.optimizer, self.parallel)
+        self.load_state_dict(checkpoint.state, checkpoint.meta)
+        checkpoint.state = {}
 
     def load_state_dict(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""

@@ -38,6 +38,8 @@ def launch(plan: RunPlan) -> Outcome:
         DinoctError: the first error of any rank.
     """
     parallel, outside = plan.cfg.parallel, "RANK" in os.environ
+    if plan.cfg.ckpt.sharded and "ckpt.sharded" in plan.typed and parallel.name != "fsdp":
+        raise ConfigError("ckpt.sharded=true needs parallel=fsdp: elsewhere one process has the whole state")
     if parallel.name == "none":
         if outside and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(

@@ -93,7 +93,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def like(full: Tensor, share: Tensor) -> Tensor:
     """A whole tensor, cut as `share` is: every rank takes its part of what it holds, nothing is sent."""
-    if not sharded(share) or full.shape != share.shape:
+    if not sharded(share) or sharded(full) or full.shape != share.shape:
         return full
     from torch.distributed.tensor import distribute_tensor
 

@@ -11,6 +11,7 @@ from dinoct.checkpoint import Checkpoint, find_latest, list_checkpoints, load
 from dinoct.config import TrainConfig
 from dinoct.errors import CheckpointError, ConfigError
 from dinoct.rundir import RUNS, newest_runs
+from dinoct.shards import is_sharded
 
 FRESH = (
     "hardware",
@@ -43,7 +44,7 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
         CheckpointError: if there is none, or the named file is broken.
     """
     path = Path(resume)
-    if resume != "auto" and not path.is_dir():
+    if resume != "auto" and (not path.is_dir() or is_sharded(path)):
         return load(path), []
     runs = newest_runs()
     folders = [path] if resume != "auto" else [Path(run_dir)] if run_dir else runs[:1]

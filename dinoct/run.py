@@ -170,8 +170,7 @@ def _engine(
         parallel=parts.model.parallel,
     )
     if plan.checkpoint is not None:
-        engine.load_state_dict(plan.checkpoint.state, plan.checkpoint.meta)
-        plan.checkpoint.state = {}  # its tensors are copied: let them go
+        engine.load(plan.checkpoint)
     return engine
 
 

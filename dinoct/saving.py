@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from dinoct import checkpoint as checkpoints
+from dinoct import shards
 from dinoct.config import CkptConfig
 from dinoct.console import log
 from dinoct.errors import CheckpointError
+from dinoct.parallel import Parallel
 
 HEADROOM = 1.05
 
@@ -22,8 +24,9 @@ class Saver:
     Of several ranks one `writes`; the others are told what it writes, and do nothing.
     """
 
-    def __init__(self, folder: Path, cfg: CkptConfig, *, writes: bool = True):
-        self.folder, self.cfg, self.writes = folder, cfg, writes
+    def __init__(self, folder: Path, cfg: CkptConfig, parallel: Parallel | None = None):
+        self.folder, self.cfg, self.parallel = folder, cfg, parallel or Parallel()
+        self.writes = self.parallel.leads
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.
@@ -45,6 +48,19 @@ class Saver:
         except CheckpointError as error:
             log.critical("not saved at step %d, training goes on: %s", meta["step"], error)
             return None
+
+    def try_save_shards(self, state: dict[str, Any], generators: dict[str, Any], meta: dict[str, Any]) -> None:
+        """`try_save` of the ranks' shares (`dinoct.shards`); every rank must call."""
+        start = time.perf_counter()
+        try:
+            path = shards.save(self.folder, state, generators, meta, self.parallel)
+            shards.read(path) if self.parallel.leads else None
+        except CheckpointError as error:
+            log.critical("not saved at step %d, training goes on: %s", meta["step"], error)
+            return
+        log.info("saved %s (%d shares, %.1f s)", path.name, self.parallel.world, time.perf_counter() - start)
+        for older in shards.list_sharded(self.folder)[: -self.cfg.keep_last] if self.parallel.leads else []:
+            shutil.rmtree(older, ignore_errors=True)
 
     def keep_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Keep the state as ``checkpoint_best_{step}.pth`` in place of the older best; a failure is reported."""

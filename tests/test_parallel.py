@@ -21,6 +21,7 @@ from commands import TINY, metrics, run, start
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import list_checkpoints
 from dinoct.data.dataset import StreamSampler
+from dinoct.errors import CheckpointError
 from dinoct.hardware import Hardware, keep_effective_batch
 
 LIMIT_S = 240
@@ -105,6 +106,32 @@ def test_two_ranks_train_as_one_process_and_hand_over(phantom_root, workplace, a
     )
 
 
+def test_shares_are_resumed_by_any_number_of_ranks(phantom_root, workplace, alone):
+    """Two ranks write their shares, one process goes on from them and makes one file, two go on from shares again."""
+    folder = workplace / "run"
+    sharded = [*ranks("fsdp", 4), "ckpt.sharded=true", "ckpt.every=1", "ckpt.keep_last=2"]
+    train(phantom_root, folder, *EVERY_TERM, *sharded, "train.max_steps=3", "optim.horizon=6")
+    assert sorted(path.name for path in folder.glob("sharded_*")) == ["sharded_00000001", "sharded_00000002"]
+    for path in folder.glob("*_00000003.pth"):  # the file that the end of a run makes
+        path.unlink()
+    train(phantom_root, folder, f"resume={folder}", "train.batch_size=8", "train.max_steps=2")
+    assert checkpoints.load(folder / "checkpoint_00000002.pth").step == 2
+    (folder / "checkpoint_00000002.pth").unlink()
+    train(phantom_root, folder, f"resume={folder}", *ranks("fsdp", 4), "train.max_steps=6")
+    assert_same_course(folder, alone)
+    victim = sorted((folder / "sharded_00000005").glob("*.distcp"))[-1]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(CheckpointError, match="sharded_00000005 is damaged"):
+        checkpoints.load(folder / "sharded_00000005")
+    for path in folder.glob("*_00000006.pth"):
+        path.unlink()
+    found, warnings = checkpoints.find_latest([folder])
+    assert found.path.name == "sharded_00000004"
+    assert len(warnings) == 1
+
+
 def test_a_killed_rank_ends_all_and_the_run_goes_on(phantom_root, workplace):
     folder = workplace / "run"
     settings = [*ranks("ddp", 4), "train.accumulation_steps=1", "ckpt.every=5", "monitor.every=null"]
@@ -167,6 +194,7 @@ def test_an_error_of_all_ranks_is_said_once(phantom_root, workplace):
         ({}, ["parallel=ddp"], "parallel.processes is needed on a machine without a card"),
         ({}, ["parallel=ddp", "parallel.processes=2", "preflight=true"], "preflight looks at one process"),
         ({}, ["parallel=fsdp", "parallel.processes=2", "train.batch_size=auto"], "find the size with parallel=none"),
+        ({}, ["ckpt.sharded=true"], "ckpt.sharded=true needs parallel=fsdp"),
         ({}, ["parallel=ddp", "parallel.processes=0"], "parallel.processes must be at least 1"),
     ],
 )

@@ -27,6 +27,7 @@ from dinoct.evals.table import print_report
 from dinoct.hardware import Hardware, resolve
 from dinoct.models.load import load_backbone, model_config
 from dinoct.provenance import data_manifest_hash
+from dinoct.shards import is_sharded
 from dinoct.tracking import track_evaluation
 from dinoct.validate import validate_probe
 
@@ -68,7 +69,8 @@ def find_checkpoints(value: Any) -> list[Path]:
             continue
         inside = checkpoints.list_checkpoints(path)
         if not inside:
-            raise ConfigError(f"checkpoint: there is no checkpoint_*.pth in {path}")
+            hint = "; resume it with parallel=none, which writes one file" if is_sharded(path) else ""
+            raise ConfigError(f"checkpoint: there is no checkpoint_*.pth in {path}{hint}")
         found += inside
     return list(dict.fromkeys(found))
 
