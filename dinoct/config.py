@@ -319,6 +319,7 @@ class DoctorConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     run_dir: str | None = None  # where runs would be written; null: outputs/runs
+    verify: bool = False  # read every slice of the store and compare it with its checksum: after copying it, say
 
 
 def register() -> None:

@@ -67,6 +67,22 @@ def test_a_damaged_store_is_found(phantom_root, workplace, capfd):
     assert "damaged" in said.get("store", said["data"])
 
 
+def test_every_slice_can_be_verified(phantom_root, workplace, capfd):
+    """A copy on a node's own disk: one bit of one slice is enough."""
+    shutil.copytree(phantom_root, workplace / "set", ignore=shutil.ignore_patterns("dicom", "_private"))
+    assert run("doctor", "hardware=cpu", "data.root=set", "verify=true") == 0
+    rows = len((phantom_root / "_index" / "index.csv").read_text().splitlines()) - 1
+    assert f"all {rows} slices have the right checksum" in lines(capfd.readouterr().out)["store"]
+    first, second, *_ = sorted((workplace / "set" / "store").glob("*.b2nd"))
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    second.unlink()
+    assert run("doctor", "hardware=cpu", "data.root=set", "verify=true") == 1
+    said = lines(capfd.readouterr().out)["store"]
+    assert said.startswith(f"FAIL 2 series of the store are damaged or missing: {first.stem}, {second.stem}")
+
+
 @pytest.fixture
 def rocm(monkeypatch):
     """torch as AMD's build shows itself on a machine with a card; no kernel can run here."""

@@ -17,6 +17,7 @@ import numpy as np
 from dinoct.checkup.findings import FAIL, OK, WARN, Finding
 from dinoct.checkup.machine_lines import disks, hardware, memory, processor, torch_build
 from dinoct.config import DataConfig, DoctorConfig, TrackerConfig
+from dinoct.console import progress
 from dinoct.data.dataset import data_paths, open_split
 from dinoct.data.index import SliceIndex
 from dinoct.data.store import SliceStore, checksum
@@ -50,7 +51,7 @@ def check_up(cfg: DoctorConfig, *, data_named: bool) -> Iterator[Finding]:
         "disk": partial(disks, Path(cfg.run_dir) if cfg.run_dir else RUNS),
         "decoders": decoders,
         "volumes": volumes,
-        "data": partial(data, cfg.data, named=data_named),
+        "data": partial(data, cfg.data, named=data_named or cfg.verify, verify=cfg.verify),
         "W&B": partial(tracker, cfg.tracker),
     }
     for name, check in checks.items():
@@ -98,8 +99,8 @@ def volumes() -> Iterator[Finding]:
         yield Finding(WARN, "volumes", text, "pip install 'dinoct[volumes]', if there are such files")
 
 
-def data(cfg: DataConfig, *, named: bool) -> Iterator[Finding]:
-    """Whether the data are prepared, what is in them, and how fast slices come from the store."""
+def data(cfg: DataConfig, *, named: bool, verify: bool = False) -> Iterator[Finding]:
+    """Whether the data are prepared, what is in them, and how fast slices come from the store, or if all are whole."""
     if not named and not (Path(cfg.root or "") / "_index").is_dir():
         todo = "dinoct-prepare source=FOLDER, or name a prepared set with data.root=..."
         yield Finding(WARN, "data", f"{cfg.root} is not prepared", todo)
@@ -118,7 +119,24 @@ def data(cfg: DataConfig, *, named: bool) -> Iterator[Finding]:
         f"{data_paths(cfg)[1].name}: {len(np.unique(train.patient))} patients with {len(train)} slices to train on, "
         f"{len(np.unique(val.patient))} with {len(val)} held out",
     )
-    yield read_speed(train, store)
+    if verify:
+        yield whole_store(train.join(val), store)
+    else:
+        yield read_speed(train, store)
+
+
+def whole_store(index: SliceIndex, store: SliceStore) -> Finding:
+    """Every slice against its checksum."""
+    damaged, places = set(), np.lexsort((index.row, index.series)).tolist()  # as they lie on the disk
+    with progress("slices") as bar:
+        for i in bar.track(places, description="verify"):
+            if not store.verify(index.series_name(i), index.at("row", i), str(index.checksum[i])):
+                damaged.add(index.series_name(i))
+    if not damaged:
+        return Finding(OK, "store", f"all {len(places)} slices have the right checksum")
+    names = ", ".join(sorted(damaged)[:5]) + (" ..." if len(damaged) > 5 else "")
+    todo = "copy these files again, or remove them and run dinoct-prepare again; is the disk failing?"
+    return Finding(FAIL, "store", f"{len(damaged)} series of the store are damaged or missing: {names}", todo)
 
 
 def read_speed(index: SliceIndex, store: SliceStore) -> Finding:
