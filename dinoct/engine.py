@@ -331,7 +331,7 @@ class Engine:
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, of one file or of shares; its tensors are let go."""
         if checkpoint.path.is_dir():
-            shards.load_into(checkpoint, self.model, self.optimizer, self.parallel)
+            shards.load_into(checkpoint, self.model, self.optimizer)
         self.load_state_dict(checkpoint.state, checkpoint.meta)
         checkpoint.state = {}
 

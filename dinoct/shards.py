@@ -10,10 +10,12 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from isal import isal_zlib
 from torch import nn
 
@@ -65,7 +67,7 @@ def save(
     if parallel.leads:
         shutil.rmtree(temporary, ignore_errors=True)
     try:
-        dcp.save(state, checkpoint_id=temporary, no_dist=parallel.world == 1)
+        dcp.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
         if parallel.leads:
             torch.save(generators, temporary / GENERATORS)
             content = meta | {"format": FORMAT, "parameters_with_moments": sorted(state["optimizer"])}
@@ -110,7 +112,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, meta, {})
 
 
-def load_into(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel) -> None:
+def load_into(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fill `checkpoint.state` with this rank's shares, cut as the model is now; every rank must call."""
     import torch.distributed.checkpoint as dcp
 
@@ -128,7 +130,9 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.O
         for name in checkpoint.meta["parameters_with_moments"]
     }
     state = {"model": model.state_dict(), "optimizer": moments}
-    dcp.load(state, checkpoint_id=checkpoint.path, no_dist=parallel.world == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
+        dcp.load(state, checkpoint_id=checkpoint.path, no_dist=not dist.is_initialized())
     generators = torch.load(checkpoint.path / GENERATORS, map_location="cpu", weights_only=True)
     checkpoint.state = state | generators
 

@@ -106,6 +106,7 @@ def test_two_ranks_train_as_one_process_and_hand_over(phantom_root, workplace, a
     )
 
 
+@pytest.mark.long
 def test_shares_are_resumed_by_any_number_of_ranks(phantom_root, workplace, alone):
     """Two ranks write their shares, one process goes on from them and makes one file, two go on from shares again."""
     folder = workplace / "run"

@@ -42,6 +42,23 @@ PARTS: dict[int, list[tuple[str, list[str]]]] = {
         ),
     ],
     3: [("phase5a", ["experiment=phase5a"])],
+    4: [
+        (
+            "ViT-g/14, 2x224, batch 64, checkpointed, FSDP2 on one card",
+            [
+                "model=vit-giant",
+                "train.batch_size=64",
+                "train.accumulation_steps=1",
+                "train.grad_checkpoint=true",
+                "parallel=fsdp",
+                "parallel.processes=1",
+            ],
+        ),
+        (
+            "ViT-g/14, 2x224, batch 64, checkpointed, one process without it",
+            ["model=vit-giant", "train.batch_size=64", "train.accumulation_steps=1", "train.grad_checkpoint=true"],
+        ),
+    ],
 }
 SMOKE = ["experiment=demo", "train.batch_size=8", "hardware=cpu", "hardware.num_workers=1"]
 
@@ -74,9 +91,10 @@ def train(name: str, overrides: list[str], data: Path, *, steps: int | None) -> 
 
 
 def row(name: str, last: dict, seconds: float) -> str:
-    memory = last.get("Train/peak_memory_gb")
+    memory, used = last.get("Train/peak_memory_gb"), last.get("Train/utilisation")
     return (
-        f"| {name} | {last['Train/samples_per_s']:.1f} | {'-' if memory is None else f'{memory:.1f}'} | "
+        f"| {name} | {last['Train/samples_per_s']:.1f} | {'-' if used is None else f'{100 * used:.0f} %'} | "
+        f"{'-' if memory is None else f'{memory:.1f}'} | "
         f"{100 * last['Train/data_wait_share']:.1f} % | {last['loss/total']:.4f} | {seconds:.0f} |"
     )
 
@@ -91,7 +109,10 @@ def main() -> None:
     sizes = ["phantom.patients=6", "phantom.slices=8", "phantom.size=96"] if typed.smoke else ["phantom.patients=16"]
     if not (data / "_index" / "index.csv").exists():
         call("dinoct-prepare", "source=phantom", f"data.root={data}", "split.val_fraction=0.25", *sizes)
-    table = ["| what | slices/s | peak GB | waiting for data | loss | s in all |", "|---|---|---|---|---|---|"]
+    table = [
+        "| what | slices/s | utilisation | peak GB | waiting for data | loss | s in all |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for part in typed.part:
         for name, overrides in PARTS[part]:
             whole = part == 3 and not typed.smoke
