@@ -239,7 +239,7 @@ class Engine:
         self.model.discard_update()
         self.step, self.samples_seen, self._note = note.step, note.samples_seen, note
         what = [name for name, value in note.losses.items() if not torch.isfinite(value)]
-        path = self.saver.emergency(self.state_dict(note.rng), self._meta(emergency=True))
+        path = self.parallel.led(self.saver.emergency(self.state_dict(note.rng), self._meta(emergency=True)))
         message = (
             f"step {self.step + 1}: {', '.join(what) or 'the gradient'} is not finite; training stopped before the "
         )

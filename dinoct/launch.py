@@ -34,29 +34,12 @@ def launch(plan: RunPlan) -> Outcome:
     """Train as planned.
 
     Raises:
-        ConfigError: where ``parallel`` does not fit the machine or the way the command was started.
+        ConfigError: where ``parallel`` does not fit the machine.
         DinoctError: the first error of any rank.
     """
-    parallel, outside = plan.cfg.parallel, "RANK" in os.environ
-    if plan.cfg.ckpt.sharded and "ckpt.sharded" in plan.typed and parallel.name != "fsdp":
-        raise ConfigError("ckpt.sharded=true needs parallel=fsdp: elsewhere one process has the whole state")
-    if parallel.name == "none":
-        if outside and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(
-                f"{os.environ['WORLD_SIZE']} processes were started, each of which would train alone: "
-                "add parallel=ddp or parallel=fsdp"
-            )
+    if plan.cfg.parallel.name == "none":
         return execute(plan)
-    for key in ("preflight", "replay"):
-        if getattr(plan.cfg, key):
-            raise ConfigError(f"{key} looks at one process: add parallel=none")
-    if outside:
-        if parallel.processes not in (None, int(os.environ["WORLD_SIZE"])):
-            raise ConfigError(
-                f"parallel.processes={parallel.processes}, but {os.environ['WORLD_SIZE']} were started: leave it out"
-            )
-        return _join(plan, "env://")
-    return _start(plan)
+    return _join(plan, "env://") if "RANK" in os.environ else _start(plan)
 
 
 def _start(plan: RunPlan) -> Outcome:
@@ -70,6 +53,7 @@ def _start(plan: RunPlan) -> Outcome:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     heard = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *filter(lambda n: callable(signal.getsignal(n)), ON_LOAN)]
+    before = {number: signal.getsignal(number) for number in heard}  # elastic sets its own, and leaves them
     with tempfile.TemporaryDirectory() as folder, _environment():
         config = LaunchConfig(
             min_nodes=1,
@@ -95,6 +79,9 @@ def _start(plan: RunPlan) -> Outcome:
             raise DinoctError(f"rank {rank} of {count}: {_reason(failure.message, failure.exitcode)}") from error
         except SignalException as stopped:
             return Outcome(128 + int(stopped.sigval))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return outcomes[0]
 
 

@@ -43,6 +43,28 @@ class RunPlan:
         return asdict(self.cfg)
 
 
+def check_parallel(plan: RunPlan) -> None:
+    """Whether ``parallel`` fits what else was typed, and the way the command was started.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    parallel, started = plan.cfg.parallel, int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else None
+    if "ckpt.sharded" in plan.typed and plan.cfg.ckpt.sharded and parallel.name != "fsdp":
+        raise ConfigError("ckpt.sharded=true needs parallel=fsdp: elsewhere one process has the whole state")
+    if parallel.name == "none":
+        if started not in (None, 1):
+            raise ConfigError(
+                f"{started} processes were started, each of which would train alone: add parallel=ddp or parallel=fsdp"
+            )
+        return
+    for key in ("preflight", "replay"):
+        if getattr(plan.cfg, key):
+            raise ConfigError(f"{key} looks at one process: add parallel=none")
+    if started is not None and parallel.processes not in (None, started):
+        raise ConfigError(f"parallel.processes={parallel.processes}, but {started} were started: leave it out")
+
+
 def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
     """Decide what the command means.
 
@@ -63,6 +85,7 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
     typed = frozenset(override.lstrip("+").split("=", 1)[0] for override in hydra.overrides.task)
     plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=typed)
+    check_parallel(plan)
     if sweep and "SUBMITIT_EXECUTOR" in os.environ:
         _find_job(plan, f"{os.environ['SUBMITIT_EXECUTOR']} {hydra.job.id}")
     if cfg.replay is not None:

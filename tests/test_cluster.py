@@ -77,10 +77,14 @@ def test_the_launcher_for_slurm_takes_what_the_guide_names(workplace, capfd):
         assert f"{key}: {value}\n" in out
 
 
+RANKS = ["parallel=ddp", "parallel.processes=2", "train.batch_size=4"]
+
+
 @pytest.mark.long
-def test_two_jobs_of_the_local_launcher_of_which_one_is_preempted(phantom_root, workplace):
+@pytest.mark.parametrize("extra", [[], RANKS], ids=["one process", "two ranks"])
+def test_two_jobs_of_the_local_launcher_of_which_one_is_preempted(phantom_root, workplace, extra):
     typed = ["-m", "hydra/launcher=submitit_local", *TINY, f"data.root={phantom_root}", "train.max_steps=200"]
-    typed += ["optim.lr=1e-3,2e-3", "ckpt.every=1000", "hydra.sweep.dir=sweep"]
+    typed += ["optim.lr=1e-3,2e-3", "ckpt.every=1000", "hydra.sweep.dir=sweep", *extra]
     sweep = start("train", *typed, cwd=workplace)
     deadline = time.monotonic() + 120
     while not (begun := [p for p in workplace.glob("sweep/*/metrics.jsonl") if len(p.read_text()) > 2000]):
