@@ -50,7 +50,7 @@ def _start(plan: RunPlan) -> Outcome:
 
     count = _processes(plan.cfg.parallel.processes)
     for name in list(logging.root.manager.loggerDict):  # what goes wrong is said in one line below
-        if name.startswith("torch.distributed.elastic"):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     heard = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *filter(lambda n: callable(signal.getsignal(n)), ON_LOAN)]
     before = {number: signal.getsignal(number) for number in heard}  # elastic sets its own, and leaves them

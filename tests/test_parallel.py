@@ -148,7 +148,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(phantom_root, workplace):
     assert process.returncode == 1
     assert time.monotonic() - killed < 60
     assert said.count("error:") == 1
-    assert re.search(r"error: rank 1 of 2: killed by SIGKILL", said), said
+    assert re.fullmatch(r"error: rank 1 of 2: killed by SIGKILL.*\n", said), said
     assert json.loads((folder / "config.json").read_text())["state"] == "failed"
     last = checkpoints.load(list_checkpoints(folder)[-1]).step
     assert last >= 5

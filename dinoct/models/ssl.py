@@ -178,6 +178,11 @@ class SelfDistillation(nn.Module):
             return losses.sinkhorn_knopp(logits, temperature=temperature, over_ranks=self.parallel.logsumexp)
         return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
 
+    def gather_sums(self) -> None:
+        """Add the sums for the centres up over the ranks: before the optimiser moves, so that nothing waits behind it."""
+        for name in ("dino", "ibot"):
+            self.parallel.sum_(getattr(self, f"{name}_center_sum"), getattr(self, f"{name}_center_count"))
+
     @torch.no_grad()
     def end_update(self, *, step: int, horizon: int, momentum: float, finite: Tensor | None = None) -> None:
         """After the optimiser moved: EMA teacher, centres, and the Gram teacher's age. `step` counts this update.
@@ -195,7 +200,6 @@ class SelfDistillation(nn.Module):
         for name in ("dino", "ibot"):
             total, count = getattr(self, f"{name}_center_sum"), getattr(self, f"{name}_center_count")
             center = getattr(self, f"{name}_center")
-            self.parallel.sum_(total, count)
             usable = count > 0 if finite is None else (count > 0) & finite
             mean = torch.where(usable, total / count.clamp_min(1), center)
             center.lerp_(mean, 1.0 - self.cfg.dino.center_momentum)
