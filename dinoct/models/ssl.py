@@ -179,7 +179,7 @@ class SelfDistillation(nn.Module):
         return losses.center_softmax(logits, center=getattr(self, f"{name}_center"), temperature=temperature)
 
     def gather_sums(self) -> None:
-        """Add the sums for the centres up over the ranks: before the optimiser moves, so that nothing waits behind it."""
+        """Add the sums for the centres up over the ranks: before the optimiser moves, so nothing waits behind it."""
         for name in ("dino", "ibot"):
             self.parallel.sum_(getattr(self, f"{name}_center_sum"), getattr(self, f"{name}_center_count"))
 
