@@ -2,6 +2,7 @@
 
     pip install lightly stable-pretraining        # beside dinoct; a peer that is not there is left out
     python scripts/bench/step.py [--threads 2] [--rounds 3] [--steps 5]
+    python scripts/bench/step.py --grow          # dinoct alone, with more of one thing at a time
 
 ViT 192 wide, 12 blocks, 3 heads, patch 16; 8 slices of 2 views of 96 px and 6 of 48 px; a head of 2048, 2048, 256 and
 4096 prototypes; float32. A step is teacher and student forward, loss, backward, clipping, AdamW and the EMA, on views
@@ -22,6 +23,7 @@ from common import print_table
 from hydra import compose, initialize_config_module
 
 from dinoct.config import LossConfig, ModelConfig, TrainConfig, to_object
+from dinoct.flops import slice_flops
 
 GLOBAL, LOCAL = (2, 96), (6, 48)  # views, pixels
 BATCH = 8
@@ -41,10 +43,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="steps per round, after two that are not timed")
+    parser.add_argument("--grow", action="store_true", help="how the cost grows with the work")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with initialize_config_module("dinoct.conf", version_base="1.3"):
-        settings = to_object(compose("train", overrides=OVERRIDES))
+    if args.grow:
+        grow(args.rounds, args.steps)
+        return
+    settings = compose_settings()
     entrants: dict[str, Step] = {"dinoct, Gram": dinoct_step(settings)}
     for name, module, build in (
         ("lightly", "lightly", lightly_step),
@@ -56,6 +61,46 @@ def main() -> None:
             print(f"{name} is not installed and is left out: pip install {name}")
     times = measure(entrants, args.rounds, args.steps)
     report(times, settings)
+
+
+def compose_settings(*more: str) -> TrainConfig:
+    with initialize_config_module("dinoct.conf", version_base="1.3"):
+        return to_object(compose("train", overrides=[*OVERRIDES, *more]))
+
+
+def grow(rounds: int, steps: int) -> None:
+    """Print what a step costs with more of one thing, in units of the step above."""
+    plain = {"pixels": GLOBAL[1], "local": LOCAL[0], "batch": BATCH}
+    changed: dict[str, tuple[list[str], dict[str, int]]] = {
+        "as above": ([], {}),
+        "batch 4": ([], {"batch": 4}),
+        "batch 16": ([], {"batch": 16}),
+        "2 x 192 px, 4 times the patches": (["model.img_size=192"], {"pixels": 192}),
+        "no local crops": ([], {"local": 0}),
+        "12 local crops": ([], {"local": 12}),
+        "K 1,024": (["loss.out_dim=1024"], {}),
+        "K 16,384": (["loss.out_dim=16384"], {}),
+        "K 65,536": (["loss.out_dim=65536"], {}),
+        "lagged Gram teacher": (["loss.gram.teacher=lagged"], {}),
+        "Gram teacher at 192 px": (["loss.gram.teacher=lagged", "loss.gram.teacher_px=192"], {}),
+        "checkpointed": (["train.grad_checkpoint=true"], {}),
+    }
+    work = {name: (compose_settings(*more), plain | sizes) for name, (more, sizes) in changed.items()}
+    entrants = {name: dinoct_step(settings, **sizes) for name, (settings, sizes) in work.items()}
+    best = {name: min(found) for name, found in measure(entrants, rounds, steps).items()}
+    flops = {name: growing_flops(settings, **sizes) for name, (settings, sizes) in work.items()}
+    rows = [
+        [name, f"{seconds:.3f}", f"{seconds / best['as above']:.2f}", f"{flops[name] / flops['as above']:.2f}"]
+        for name, seconds in best.items()
+    ]
+    print_table(["step", "best s", "x", "x by FLOPs"], rows)
+
+
+def growing_flops(settings: TrainConfig, *, pixels: int, local: int, batch: int) -> float:
+    """FLOPs of a step by dinoct's own formula."""
+    settings.aug.global_crops, settings.aug.local_crops, settings.aug.local_size = GLOBAL[0], local, LOCAL[1]
+    settings.model.img_size = pixels
+    return batch * slice_flops(settings)
 
 
 def measure(entrants: dict[str, Step], rounds: int, steps: int) -> dict[str, list[float]]:
@@ -85,14 +130,14 @@ def report(times: dict[str, list[float]], settings: TrainConfig) -> None:
     print_table(["step", "best s", "median s", "x fastest peer", "GFLOP", "GFLOP/s"], rows)
 
 
-def views(channels: int) -> list[torch.Tensor]:
+def views(channels: int, *, pixels: int = GLOBAL[1], local: int = LOCAL[0], batch: int = BATCH) -> list[torch.Tensor]:
     """Random views ``[B, C, s, s]`` in [0, 1], the global ones first."""
     draw = torch.Generator().manual_seed(0)
-    sizes = [GLOBAL[1]] * GLOBAL[0] + [LOCAL[1]] * LOCAL[0]
-    return [torch.rand(BATCH, channels, size, size, generator=draw) for size in sizes]
+    sizes = [pixels] * GLOBAL[0] + [LOCAL[1]] * local
+    return [torch.rand(batch, channels, size, size, generator=draw) for size in sizes]
 
 
-def dinoct_step(settings: TrainConfig) -> Step:
+def dinoct_step(settings: TrainConfig, **sizes: int) -> Step:
     """What `dinoct.engine` does in an update, less its bookkeeping."""
     from dinoct.data.dataset import mask_fields
     from dinoct.models.ssl import CropBatch, SelfDistillation
@@ -100,17 +145,19 @@ def dinoct_step(settings: TrainConfig) -> Step:
     from dinoct.schedules import Schedules
 
     torch.manual_seed(0)
-    model = SelfDistillation(settings.model, settings.loss)
+    model = SelfDistillation(settings.model, settings.loss, grad_checkpoint=settings.train.grad_checkpoint)
     optimizer = build_optimizer(model.student, depth=settings.model.depth, cfg=settings.optim)
     plan = Schedules(settings.optim, settings.loss.dino, horizon=1000)
     apply_schedule(optimizer, lr=settings.optim.lr, weight_decay=settings.optim.weight_decay, frozen=False)
-    found = views(1)
+    found = views(1, **sizes)
+    count, fine = len(found[0]), settings.loss.gram.teacher_px
     batch = CropBatch(
         global_crops=torch.cat(found[: GLOBAL[0]]),
-        local_crops=torch.cat(found[GLOBAL[0] :]),
+        local_crops=torch.cat(found[GLOBAL[0] :]) if found[GLOBAL[0] :] else None,
         **mask_fields(None),
-        groups=torch.arange(BATCH),
-        positions=list(range(BATCH)),
+        groups=torch.arange(count),
+        positions=list(range(count)),
+        gram_crops=torch.rand(GLOBAL[0] * count, 1, fine, fine) if fine else None,
     )
 
     def step() -> None:
