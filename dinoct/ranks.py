@@ -91,13 +91,15 @@ class ShardedParallel(DataParallel):
 
     def shard(self, model: nn.Module, *, amp: bool) -> None:
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
-        # Under autocast the blocks compute in bf16 anyway: gather them so. The residual stream stays as it is.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        policy = policy if amp else MixedPrecisionPolicy(cast_forward_inputs=False)
+        # Autocast computes attention and MLP in bf16: gather their weights so, and leave norms and the residual stream.
+        halved = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         for backbone in filter(None, (model.student.backbone, model.teacher.backbone, model.gram_teacher)):
             for block in backbone.vit.blocks:
-                self._parts.append(fully_shard(block, mesh=mesh, mp_policy=policy))
-            self._parts.append(fully_shard(backbone, mesh=mesh, reshard_after_forward=True))
+                for part in (block.attn, block.mlp):
+                    self._parts.append(fully_shard(part, mesh=mesh, mp_policy=halved if amp else exact))
+                self._parts.append(fully_shard(block, mesh=mesh, mp_policy=exact))
+            self._parts.append(fully_shard(backbone, mesh=mesh, reshard_after_forward=True, mp_policy=exact))
         for side in (model.student, model.teacher):
             for head in filter(None, (side.dino_head, side.ibot_head)):
                 self._parts.append(fully_shard(head, mesh=mesh, reshard_after_forward=True))

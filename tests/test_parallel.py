@@ -107,7 +107,19 @@ def test_two_ranks_train_as_one_process_and_hand_over(phantom_root, workplace, a
 
 
 @pytest.mark.long
-def test_shares_are_resumed_by_any_number_of_ranks(phantom_root, workplace, alone):
+def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, workplace):
+    """As ViT-g trains: weights are gathered in bf16, blocks computed again. The order of sums is all that differs."""
+    settings = [*EVERY_TERM, "train.amp=true", "train.grad_checkpoint=true", "train.max_steps=4"]
+    train(phantom_root, workplace / "one", *settings, "train.batch_size=8")
+    train(phantom_root, workplace / "two", *settings, *ranks("fsdp", 4))
+    for a, b in zip(metrics(workplace / "one"), metrics(workplace / "two"), strict=True):
+        for name in ("loss/dino", "loss/ibot", "loss/koleo", "loss/gram"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["step"], name)
+        assert a["Train/gradient_norm"] == pytest.approx(b["Train/gradient_norm"], rel=2e-2)
+
+
+@pytest.mark.long
+def test_shares_are_are_resumed_by_any_number_of_ranks(phantom_root, workplace, alone):
     """Two ranks write their shares, one process goes on from them and makes one file, two go on from shares again."""
     folder = workplace / "run"
     sharded = [*ranks("fsdp", 4), "ckpt.sharded=true", "ckpt.every=1", "ckpt.keep_last=2"]
