@@ -31,7 +31,7 @@ from dinoct.rng import restore_rng, rng_state
 from dinoct.rundir import RunFolder
 from dinoct.saving import Saver
 from dinoct.schedules import Schedules
-from dinoct.stopping import StopRequest
+from dinoct.stopping import StopRequest, deaf_to_children
 from dinoct.tracking import Tracker
 
 SIGNAL_GRACE_S = 0.5
@@ -117,11 +117,12 @@ class Engine:
             except NonFiniteError:
                 raise
             except Exception as error:
-                time.sleep(SIGNAL_GRACE_S)  # a signal to the whole group may end a loader worker first
-                if self.parallel.world > 1 or not stop.requested:  # a signal ends a rank that waits for a lost one
-                    self._rescue(error)
-                log.debug("ended by the signal", exc_info=True)
-                restore_rng(self._rng())
+                with deaf_to_children():
+                    time.sleep(SIGNAL_GRACE_S)  # a signal to the whole group may end a loader worker first
+                    if self.parallel.world > 1 or not stop.requested:  # a signal ends a rank that waits for a lost one
+                        self._rescue(error)
+                    log.debug("ended by the signal", exc_info=True)
+                    restore_rng(self._rng())
             batches = None  # end the loader: a worker that dies from here on must not interrupt the save
             self._settle()
             self._flush()

@@ -18,6 +18,8 @@ def explain(error: BaseException) -> str:
         name = "loading failed"
     elif isinstance(error, DinoctError):
         return text
+    if isinstance(error, ConnectionError | EOFError):  # of the pipe between the loader and one of its workers
+        return f"a loader worker died ({text[:160]}): out of memory? lower hardware.num_workers or train.batch_size"
     if is_lost_rank(error):
         return f"another rank is gone ({text[:120]})"
     if "Too many open files" in text or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):

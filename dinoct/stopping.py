@@ -5,6 +5,8 @@ it gets the signal once the state is saved, by `hand_on`.
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 ON_LOAN = (signal.SIGUSR1, signal.SIGUSR2)
@@ -50,6 +52,16 @@ class StopRequest:
     def exit_status(self) -> int:
         """128 + the signal's number, as shells have it; 0 without one."""
         return 0 if self.signal is None else 128 + self.signal
+
+
+@contextmanager
+def deaf_to_children() -> Iterator[None]:
+    """torch's loader raises from a handler of SIGCHLD when a worker dies, wherever the main thread is: not in here."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def hand_on(exit_status: int) -> None:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -161,6 +162,39 @@ def test_a_killed_loader_worker_costs_nothing(phantom_root, workplace, whole):
     assert len(err.splitlines()) == 1
     assert "a loader worker died" in err
     assert "the state of step" in err
+    assert run("train", f"resume={folder}", *HERE) == 0
+    assert_equals(folder, whole)
+
+
+def test_a_loader_worker_may_be_mourned_twice(phantom_root, workplace, whole, capfd, monkeypatch):
+    """Its pipe breaks, and while the state is about to be saved torch raises again, from its SIGCHLD handler."""
+    folder, original = workplace / "run", Engine._next
+
+    broke = threading.Event()
+
+    def mourn(*_: object) -> None:
+        if broke.is_set():  # and not for git, which is asked for the commit
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def broken(self, batches):
+        if self.step == 5:
+            broke.set()
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return original(self, batches)
+
+    before = signal.signal(signal.SIGCHLD, mourn)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_next", broken)
+            assert train(phantom_root, folder, "train.max_steps=40") == 1
+        broke.clear()
+        assert signal.getsignal(signal.SIGCHLD) is mourn
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    err = capfd.readouterr().err
+    assert "a loader worker died" in err
+    assert "the state of step 5 is in" in err
     assert run("train", f"resume={folder}", *HERE) == 0
     assert_equals(folder, whole)
 
