@@ -1,7 +1,7 @@
 """Does training teach? Budgeted in updates, judged by `dinoct-eval` on patients that training never saw.
 
 The figure is the mean percentile rank over that of the untrained start. Five seeds each, on a 2-core x86-64 CPU:
-spatial_strong .44 .47 .49 .49 .51, intensity_only .83 .94 .95 1.01 1.10. top1 of 32 slices is too coarse to assert.
+spatial_strong .34 .34 .40 .41 .42, intensity_only .70 .84 .90 .98 1.01. top1 of 32 slices is too coarse to assert.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import run
 
-MARGIN = 0.67
+MARGIN = 0.56
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def learn(patients: Path, folder: Path, *overrides: str) -> dict:
     """Train 350 updates and judge: the report."""
     common = ["experiment=demo", f"data.root={patients}", f"run_dir={folder}", "train.max_steps=350", "ckpt.every=350"]
     quiet = ["tracker.wandb=disabled", "tracker.tensorboard=false", "hardware=cpu", "hardware.num_workers=1"]
+    quiet.append("hardware.threads=1")  # two beside a busy process fall to a tenth of their speed
     assert run("train", *common, *quiet, *overrides) == 0
     judging = ["probe=view_retrieval", "hardware=cpu", "hardware.num_workers=0"]
     assert run("eval", f"checkpoint={folder}/checkpoint_00000350.pth", *judging) in (0, 2)
