@@ -207,8 +207,10 @@ class Engine:
 
     def _stops(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop: all of them stop behind the same step."""
-        stop.signal = self.parallel.highest(stop.signal or 0) or None
-        return stop.requested
+        agreed = self.parallel.highest(stop.signal or 0)
+        if agreed and not stop.requested:  # never taken back: a signal may come while the ranks are asked
+            stop.signal = agreed
+        return agreed > 0
 
     def _improved(self) -> bool:
         return self.parallel.led(self.looks.improved)

@@ -13,18 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from uuid import uuid4
 
 import torch
 
+from dinoct.checkpoint import load
 from dinoct.cli import Outcome
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.hardware import detect_platform
 from dinoct.parallel import Parallel
 from dinoct.plan import RunPlan
 from dinoct.run import execute
-from dinoct.stopping import ON_LOAN
+from dinoct.stopping import ON_LOAN, StopRequest
 
 STOP_GRACE_S = 600  # for the ranks to finish a step and to write a checkpoint, before they are killed
 EXCHANGE_LIMIT = timedelta(minutes=30)  # rank 0 may be writing a checkpoint while the others wait
@@ -49,11 +49,13 @@ def _start(plan: RunPlan) -> Outcome:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     count = _processes(plan.cfg.parallel.processes)
+    if plan.checkpoint is not None:
+        plan.checkpoint.state = {}  # each rank reads the file; this process need not hold it meanwhile
     for name in list(logging.root.manager.loggerDict):  # what goes wrong is said in one line below
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    heard = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *filter(lambda n: callable(signal.getsignal(n)), ON_LOAN)]
-    before = {number: signal.getsignal(number) for number in heard}  # elastic sets its own, and leaves them
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    heard = [n for n, h in before.items() if h != signal.SIG_IGN and (n not in ON_LOAN or callable(h))]
     with tempfile.TemporaryDirectory() as folder, _environment():
         config = LaunchConfig(
             min_nodes=1,
@@ -71,7 +73,7 @@ def _start(plan: RunPlan) -> Outcome:
             shutdown_timeout=STOP_GRACE_S,
         )
         try:
-            outcomes = elastic_launch(config, _rank)(_travelling(plan), f"file://{folder}/group")
+            outcomes = elastic_launch(config, _rank)(plan, f"file://{folder}/group")
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode > 128:
@@ -79,7 +81,7 @@ def _start(plan: RunPlan) -> Outcome:
             raise DinoctError(f"rank {rank} of {count}: {_reason(failure.message, failure.exitcode)}") from error
         except SignalException as stopped:
             return Outcome(128 + int(stopped.sigval))
-        finally:
+        finally:  # elastic leaves its own
             for number, handler in before.items():
                 signal.signal(number, handler)
     return outcomes[0]
@@ -96,7 +98,7 @@ def _processes(typed: int | None) -> int:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What the ranks of one machine inherit: they talk over the loopback, and share its memory for NCCL."""
+    """What the ranks of one machine inherit: they talk over the loopback, and elastic opens no port of its own."""
     ours = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     before = {key: os.environ.get(key) for key in ours}
     os.environ.update({key: value for key, value in ours.items() if before[key] is None})
@@ -110,9 +112,7 @@ def _environment() -> Iterator[None]:
 
 def _travelling(plan: RunPlan) -> RunPlan:
     """The plan without the checkpoint's tensors: each rank reads the file."""
-    if plan.checkpoint is None:
-        return plan
-    return replace(plan, checkpoint=replace(plan.checkpoint, state={}))
+    return plan if plan.checkpoint is None else replace(plan, checkpoint=replace(plan.checkpoint, state={}))
 
 
 def _reason(message: str | dict, code: int) -> str:
@@ -153,11 +153,11 @@ def _join(plan: RunPlan, store: str) -> Outcome:
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world, timeout=EXCHANGE_LIMIT)
     made = DataParallel if plan.cfg.parallel.name == "ddp" else ShardedParallel
     parallel: Parallel = made(device)
+    own = plan.checkpoint  # with its tensors where this process planned, without where it was started
     plan = parallel.led(_travelling(plan))
     if plan.checkpoint is not None:
-        from dinoct.checkpoint import load
-
-        plan.checkpoint = load(Path(plan.checkpoint.path))
+        read_already = own is not None and own.state and own.path == plan.checkpoint.path
+        plan.checkpoint = own if read_already else load(plan.checkpoint.path)
     outcome = execute(plan, parallel)
     dist.destroy_process_group()
     return outcome

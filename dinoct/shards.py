@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from isal import isal_zlib
 from torch import nn
 
 from dinoct.checkpoint import FORMAT, Checkpoint, sync_folder
+from dinoct.checksum import file_crc32
 from dinoct.errors import CheckpointError
 from dinoct.optim import optimizer_state
 from dinoct.parallel import Parallel
 
 META, GENERATORS = "meta.json", "generators.pth"
 _NAME = re.compile(r"sharded_(\d{8})")
-_CHUNK = 2**24
 
 
 def list_sharded(folder: Path) -> list[Path]:
@@ -71,7 +70,7 @@ def save(
         if parallel.leads:
             torch.save(generators, temporary / GENERATORS)
             content = meta | {"format": FORMAT, "parameters_with_moments": sorted(state["optimizer"])}
-            content["files"] = {name.name: _crc(name) for name in sorted(temporary.iterdir())}
+            content["files"] = {name.name: file_crc32(name) for name in sorted(temporary.iterdir())}
             with open(temporary / META, "w", encoding="utf-8") as file:
                 json.dump(content, file)
                 file.flush()
@@ -104,7 +103,7 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has checkpoint format {made_by}; this dinoct reads {FORMAT}")
     for name, crc in files.items():
         try:
-            good = _crc(path / name) == crc
+            good = file_crc32(path / name) == crc
         except OSError:
             good = False
         if not good:
@@ -140,11 +139,3 @@ def load_into(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.O
 def share_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """This rank's part of the state."""
     return {"model": model.state_dict(), "optimizer": optimizer_state(optimizer)}
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(_CHUNK):
-            crc = isal_zlib.crc32(block, crc)
-    return crc

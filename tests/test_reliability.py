@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,18 @@ def test_the_second_ctrl_c_is_at_once():
         assert stop.exit_status == 130
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_is_not_lost_while_the_ranks_are_asked():
+    def asked(number: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return number
+
+    engine = SimpleNamespace(parallel=SimpleNamespace(highest=asked))
+    with StopRequest() as stop:
+        assert not Engine._stops(engine, stop)  # the others do not know of it yet
+        assert stop.signal == signal.SIGTERM
+        assert Engine._stops(engine, stop)
 
 
 def test_a_save_that_does_not_verify_deletes_nothing(tmp_path, monkeypatch):

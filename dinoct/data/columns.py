@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
+from dinoct.checksum import file_crc32
+
 TEMPORARY = ".tmp"  # files on their way are called .NAME.*.tmp
-_CHUNK = 2**24
 
 
 def columns_path(index_csv: Path) -> Path:
@@ -33,7 +34,7 @@ def save_columns(index_csv: Path, columns: Mapping[str, np.ndarray], names: Mapp
         record = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(head + fields), shape=())
         for name, array in (stored | texts).items():
             record[name] = array
-        record["csv_bytes"], record["csv_crc32"] = index_csv.stat().st_size, _file_crc(index_csv)
+        record["csv_bytes"], record["csv_crc32"] = index_csv.stat().st_size, file_crc32(index_csv)
         record["own_crc32"] = _columns_crc(record)
         record.flush()
         del record
@@ -46,7 +47,7 @@ def load_columns(index_csv: Path) -> tuple[dict[str, np.ndarray], dict[str, tupl
     """Columns, mapped, and names by column; None where there is no good file for this `index_csv`."""
     try:
         record = np.load(columns_path(index_csv), mmap_mode="r", allow_pickle=False)
-        if int(record["csv_bytes"]) != index_csv.stat().st_size or int(record["csv_crc32"]) != _file_crc(index_csv):
+        if int(record["csv_bytes"]) != index_csv.stat().st_size or int(record["csv_crc32"]) != file_crc32(index_csv):
             return None
         if int(record["own_crc32"]) != _columns_crc(record):
             return None
@@ -66,12 +67,4 @@ def _columns_crc(record: np.ndarray) -> int:
     for name in record.dtype.names:
         if record[name].ndim == 1:
             crc = isal_zlib.crc32(np.ascontiguousarray(record[name]).view(np.uint8), crc)
-    return crc
-
-
-def _file_crc(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as handle:
-        while block := handle.read(_CHUNK):
-            crc = isal_zlib.crc32(block, crc)
     return crc
