@@ -156,8 +156,8 @@ class Engine:
             for name, value in terms.scalars.items():
                 means[name] = means.get(name, 0.0) + value / accumulation
         means = self.parallel.mean(means)
-        self.model.gather_sums()  # the last exchange: a rank that is lost behind it has lost nothing
         norm = self.parallel.clip(self.model.student.parameters(), self.cfg.optim.clip)
+        self.model.gather_sums()  # the last exchange: a rank that is lost behind it has lost nothing
         finite = self._check_finite(means, norm, note)
         skip_on_device(self.optimizer, finite)
         self.optimizer.step()
