@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped key answer at on
 import difflib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -149,6 +150,7 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         return f"{key} is needed: give {key}=..."
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
+    text = re.sub(r"is incompatible with type hint '(?:Optional\[)?Union\[([^]]+)\]+'", r"is none of: \1", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     drop = (
         "full_key:",

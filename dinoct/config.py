@@ -203,7 +203,7 @@ class StepsConfig:
     max_steps: int | None = None  # optimiser updates; null: until stopped
     batch_size: int | str | None = None  # slices per forward; null: the hardware preset's; auto: what fits, by trial
     accumulation_steps: int | None = None  # null: what makes the effective batch 256
-    grad_checkpoint: bool = False
+    grad_checkpoint: bool | str = False  # compute blocks again for their backward pass; selective: their cheap parts
     amp: bool | None = None  # bf16 autocast; null: where the device has bf16
 
 

@@ -64,7 +64,7 @@ def slice_flops(cfg: TrainConfig, *, snapshot_taken: bool = True) -> float:
     """
     model, gram, px = cfg.model, cfg.loss.gram, cfg.model.img_size
     n_global, n_local, masked = cfg.aug.global_crops, cfg.aug.local_crops, masked_patches(cfg)
-    total = n_global * _trained_vit(model, px) + n_local * _trained_vit(model, local_px(cfg))
+    total = n_global * _trained_vit(model, px) + n_local * _trained_vit(model, local_px(cfg), class_only=True)
     total += n_global * vit_flops(model, px)  # EMA teacher
     own = gram.teacher == "lagged" or (gram.teacher == "snapshot" and snapshot_taken)
     fine = gram.teacher_px or px
@@ -82,17 +82,20 @@ def flops_at(cfg: TrainConfig, step: int, *, horizon: int) -> float:
     return slice_flops(cfg, snapshot_taken=step > cfg.loss.gram.snapshot_at * horizon)
 
 
-def vit_flops(model: ModelConfig, px: int) -> float:
-    """Forward pass of the backbone on one image of `px` x `px` pixels."""
+def vit_flops(model: ModelConfig, px: int, *, class_only: bool = False) -> float:
+    """Forward pass of the backbone on one image of `px` x `px` pixels; `class_only`: no patch tokens are asked for."""
     tokens, dim, hidden = token_count(model, px), model.dim, int(model.dim * model.mlp_ratio)
-    products = 2 * tokens * (4 * dim * dim + 2 * dim * hidden)  # query, key, value, output; both layers of the MLP
-    attention = 2 * 2 * tokens**2 * dim  # scores, and the values under them
-    return model.depth * (products + attention) + _patch_embedding(model, px)
+    keys_and_values = 2 * 2 * dim * dim  # of a token
+    behind = 2 * (2 * dim * dim + 2 * dim * hidden)  # of a token: query, output, both layers of the MLP
+    attention = 2 * 2 * tokens * dim  # of a query: its scores, and the values under them
+    block = tokens * (keys_and_values + behind + attention)
+    last = tokens * keys_and_values + behind + attention if class_only else block
+    return (model.depth - 1) * block + last + _patch_embedding(model, px)
 
 
-def _trained_vit(model: ModelConfig, px: int) -> float:
+def _trained_vit(model: ModelConfig, px: int, *, class_only: bool = False) -> float:
     """Forward and backward; nothing asks for the gradient by pixels."""
-    return TRAINED * vit_flops(model, px) - _patch_embedding(model, px)
+    return TRAINED * vit_flops(model, px, class_only=class_only) - _patch_embedding(model, px)
 
 
 def _patch_embedding(model: ModelConfig, px: int) -> float:

@@ -2,9 +2,9 @@
 
 Bytes are those of the tensors that live at the same moment; the allocator's fragments, the libraries' workspaces and a
 card's context (about half a GB) come on top. Attention is the fused one, whose memory does not grow with the square of
-the tokens. What a block keeps is counted as in Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, for this block:
-float32 residual stream, no dropout, LayerScale where it is on; recomputation as in section 5 there. Against a trace of
-all tensors of a step, in tests/test_memory.py, the estimate is within 10 %.
+the tokens. What a block keeps is counted as in Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, for this block
+(`dinoct.models.block`): float32 residual stream, no dropout, nothing for LayerScale; recomputation as in section 5
+there. Against a trace of all tensors of a step, in tests/test_memory.py, the estimate is within 10 %.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from dinoct.config import ModelConfig, TrainConfig
 from dinoct.flops import local_px, masked_patches, token_count
 from dinoct.hardware import Hardware
+from dinoct.validate import SELECTIVE
 
 STATE_BYTES = 20  # per weight: student, teacher, gradient and two Adam moments, float32
 FLOAT = 4  # bytes: the residual stream, the norms' statistics and the losses, also under autocast
@@ -46,16 +47,19 @@ def _backbone_weights(model: ModelConfig) -> float:
     return model.depth * model.dim**2 * (4 + 2 * model.mlp_ratio)
 
 
-def block_bytes(model: ModelConfig, *, amp: bool) -> float:
+def block_bytes(model: ModelConfig, *, amp: bool, selective: bool = False) -> float:
     """What one block keeps of a token for its backward pass.
 
-    The inputs of both norms, float32; in the type of the matrix products: the norms' outputs, query, key, value, what
-    attention gives, the MLP before and behind its GELU, and both branches before LayerScale.
+    The inputs of both norms, float32; in the type of the matrix products: query, key, value, and what attention gives;
+    and, where they are not computed again, the norms' outputs and the MLP before and behind its GELU.
     """
-    number = _number(amp)
-    wide = 6 + 2 * model.mlp_ratio + (2 if model.layer_scale is not None else 0)
-    statistics = FLOAT * (model.heads + 4)  # attention's log-sum-exp; mean and deviation of both norms
-    return model.dim * (2 * FLOAT + number * wide) + statistics
+    kept = model.dim * (2 * FLOAT + 4 * _number(amp)) + FLOAT * model.heads  # with attention's log-sum-exp
+    return kept if selective else kept + _cheap_bytes(model, amp=amp)
+
+
+def _cheap_bytes(model: ModelConfig, *, amp: bool) -> float:
+    """What selective checkpointing computes again of a token: mean and deviation of both norms are in it."""
+    return model.dim * _number(amp) * (2 + 2 * model.mlp_ratio) + 4 * FLOAT
 
 
 def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
@@ -64,14 +68,20 @@ def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
     n_global = batch * cfg.aug.global_crops * token_count(model, model.img_size)
     n_local = batch * cfg.aug.local_crops * token_count(model, local_px(cfg))
     stream = FLOAT * model.dim  # of a token
-    kept = stream if cfg.train.grad_checkpoint else block_bytes(model, amp=amp)
-    again = block_bytes(model, amp=amp) - stream if cfg.train.grad_checkpoint else 0
+    whole = block_bytes(model, amp=amp)
+    kept, again = {
+        False: (whole, 0.0),
+        SELECTIVE: (block_bytes(model, amp=amp, selective=True), _cheap_bytes(model, amp=amp)),
+        True: (stream, whole - stream),
+    }[cfg.train.grad_checkpoint]
     hidden = _number(amp) * model.dim * model.mlp_ratio
     # Autocast's copies of the weights: until the forward pass ends, longer where the backward pass takes them from it.
     copies = _number(amp) * parameters if amp else 0
     later = 0 if cfg.train.grad_checkpoint else copies
-    blocks = model.depth * kept * (n_global + n_local)
-    ended = blocks + stream * (n_global + n_local) + _heads(cfg, batch, amp)  # with the last norm's input
+    blocks = kept * (model.depth * n_global + (model.depth - 1) * n_local)
+    # Local crops' last block has one query: keys, values, their norm's input and output.
+    last = n_local * (stream if cfg.train.grad_checkpoint is True else stream + 3 * _number(amp) * model.dim)
+    ended = blocks + last + stream * n_global + _heads(cfg, batch, amp)  # with the last norm's input
     in_forward, between, in_backward = _objective(cfg, batch)
     through = again + 2 * stream + hidden  # of a token, in one block's backward pass
     fine = batch * cfg.aug.global_crops * token_count(model, cfg.loss.gram.teacher_px or model.img_size)
@@ -147,10 +157,13 @@ def remedies(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
             f"train.batch_size={half} train.accumulation_steps={hardware.accumulation_steps * 2} "
             f"(the same effective batch, about {_gb(now.total - smaller.total)} GB less)"
         )
-    if not cfg.train.grad_checkpoint:
-        checkpointed = replace(cfg, train=replace(cfg.train, grad_checkpoint=True))
-        saved = now.total - estimate(checkpointed, hardware, parameters=parameters).total
-        options.append(f"train.grad_checkpoint=true (about {_gb(saved)} GB less, slower)")
+    if cfg.train.grad_checkpoint is not True:
+        found = {}
+        for kind in (SELECTIVE, True):
+            checkpointed = replace(cfg, train=replace(cfg.train, grad_checkpoint=kind))
+            found[kind] = now.total - estimate(checkpointed, hardware, parameters=parameters).total
+        less = "" if cfg.train.grad_checkpoint else f"; selective: {_gb(found[SELECTIVE])} GB less, less slow"
+        options.append(f"train.grad_checkpoint=true (about {_gb(found[True])} GB less, slower{less})")
     saved = now.total - estimate(cfg, replace(hardware, amp=True), parameters=parameters).total
     if not hardware.amp and saved > 0:
         options.append(f"train.amp=true (about {_gb(saved)} GB less)")

@@ -1,5 +1,7 @@
 """Backbone, heads and the three networks: equal to timm, moved once per update, whole after loading."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -38,7 +40,7 @@ def make(loss: LossConfig | None = None, model: ModelConfig = TINY, **kwargs) ->
     return SelfDistillation(model, loss or tiny_loss(), **kwargs).train()
 
 
-def test_backbone_is_timm_bit_for_bit():
+def test_backbone_is_timm_around_its_blocks():
     torch.manual_seed(0)
     backbone = Backbone(TINY).eval()
     x = torch.rand(2, 1, 64, 64)
@@ -60,14 +62,54 @@ def test_masked_patches_do_not_see_their_pixels():
     assert not torch.equal(backbone(x)[1], backbone(y)[1])
 
 
+@pytest.mark.parametrize("layer_scale", [None, 0.1])
+def test_the_block_computes_what_timms_does(layer_scale):
+    """Forward and gradients, with timm's own blocks in place of ours and the same weights."""
+    torch.manual_seed(0)
+    backbone = Backbone(replace(TINY, layer_scale=layer_scale))
+    plain = VisionTransformer(
+        img_size=64, patch_size=16, in_chans=1, num_classes=0, global_pool="", embed_dim=32, depth=2, num_heads=2,
+        reg_tokens=2, init_values=layer_scale, dynamic_img_size=True,
+    )  # fmt: skip
+    plain.load_state_dict(backbone.vit.state_dict())
+    assert type(plain.blocks[0]) is not type(backbone.vit.blocks[0])
+    x = torch.rand(2, 1, 64, 64)
+    tokens = plain.forward_features(normalise(x))
+    cls, patches = backbone(x)
+    torch.testing.assert_close(cls, tokens[:, 0])
+    torch.testing.assert_close(patches, tokens[:, 3:])
+    weights = torch.randn(32)
+    (patches @ weights).sum().backward()
+    (tokens[:, 3:] @ weights).sum().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in backbone.vit.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [False, "selective", True])
+def test_the_class_token_alone_is_the_same_class_token(kind):
+    torch.manual_seed(0)
+    backbone = Backbone(replace(TINY, layer_scale=0.1), grad_checkpoint=kind)
+    x, weights = torch.rand(2, 1, 64, 64), torch.randn(32)
+    grads = []
+    for class_only in (False, True):
+        cls, patches = backbone(x, class_only=class_only)
+        assert patches.shape == (2, 0 if class_only else 16, 32)
+        backbone.zero_grad()
+        (cls @ weights).sum().backward()
+        grads.append([cls.detach(), *(p.grad for p in backbone.vit.parameters())])
+    for whole, alone in zip(*grads, strict=True):
+        torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     grads = []
-    for flag in (False, True):
-        model = make(model=ModelConfig(**{**vars(TINY), "drop_path": 0.3}), grad_checkpoint=flag)
+    for flag in (False, "selective", True):
+        model = make(model=replace(TINY, drop_path=0.3, layer_scale=0.1), grad_checkpoint=flag)
         torch.manual_seed(1)
         model(batch(local=2), teacher_temperature=0.05).total.backward()
         grads.append([p.grad for p in model.student.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
 
 
 def test_gram_starts_at_exactly_zero_with_the_ema_teacher_and_grows_with_a_mask():

@@ -1,5 +1,6 @@
 """The pictures: that their arrays are what they are called, and that their files can be read."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from commands import TINY, run
 from PIL import Image
+from timm.models.vision_transformer import Attention
 
 from dinoct.config import AugConfig, DataConfig, IbotConfig, ModelConfig, WindowConfig
 from dinoct.data.dataset import SliceViews, collate, middle_slice, open_split, read_slice
@@ -57,21 +59,20 @@ def draw(backbone, hu: np.ndarray, out: Path, **options) -> dict:
 
 
 def test_attention_is_that_of_timms_own_path(backbone):
-    """A fused kernel shows no weights: what is computed again must be what the unfused path multiplies with."""
+    """A fused kernel shows no weights: what is computed again must be what timm's unfused path multiplies with."""
     image = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    block, normed, seen = backbone.vit.blocks[-1], [], []
+    hook = block.norm1.register_forward_hook(lambda _, __, output: normed.append(output))
     with class_attention(backbone) as attention, torch.inference_mode():
         backbone(image)
-    module, seen = backbone.vit.blocks[-1].attn, []
-    hook = module.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
-    fused, module.fused_attn = module.fused_attn, False
-    try:
-        with torch.inference_mode():
-            backbone(image)
-    finally:
-        module.fused_attn = fused
-        hook.remove()
+    hook.remove()
+    plain = copy.deepcopy(block.attn)
+    plain.fused_attn = False
+    plain.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.inference_mode():
+        Attention.forward(plain, normed[0])
     torch.testing.assert_close(torch.from_numpy(attention()), seen[0][0, :, 0], atol=1e-5, rtol=0)
-    assert not module.q_norm._forward_hooks  # nothing stays behind
+    assert not block.attn.q_norm._forward_hooks  # nothing stays behind
 
 
 def test_the_shares_of_attention_add_up(backbone):

@@ -33,6 +33,7 @@ EVERY_TERM = [
     "loss.gram.teacher=lagged",
     "aug=multicrop",
     "model.drop_path=0",
+    "model.layer_scale=0.1",
     "train.accumulation_steps=2",
     "monitor.every=null",
 ]
@@ -107,9 +108,10 @@ def test_two_ranks_train_as_one_process_and_hand_over(phantom_root, workplace, a
 
 
 @pytest.mark.long
-def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, workplace):
+@pytest.mark.parametrize("kind", ["true", "selective"])
+def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, workplace, kind):
     """As ViT-g trains: weights are gathered in bf16, blocks computed again. The order of sums is all that differs."""
-    settings = [*EVERY_TERM, "train.amp=true", "train.grad_checkpoint=true", "train.max_steps=4"]
+    settings = [*EVERY_TERM, "train.amp=true", f"train.grad_checkpoint={kind}", "train.max_steps=4"]
     train(phantom_root, workplace / "one", *settings, "train.batch_size=8")
     train(phantom_root, workplace / "two", *settings, *ranks("fsdp", 4))
     for a, b in zip(metrics(workplace / "one"), metrics(workplace / "two"), strict=True):

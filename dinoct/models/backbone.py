@@ -1,13 +1,13 @@
 """The encoder: timm's VisionTransformer with one input channel, a mask token, and checkpointed blocks."""
 
-from collections.abc import Callable
-
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinoct.config import ModelConfig
+from dinoct.models.block import Attention, Block, Mlp
+from dinoct.validate import SELECTIVE
 
 TOKEN_STD = 0.02  # a zero mask token with a small LayerScale gives gradients of order 1e3 at the start
 
@@ -18,7 +18,7 @@ class Backbone(nn.Module):
     ``vit`` is a plain timm model, so that its weights load into timm as they are. The mask token stands beside it.
     """
 
-    def __init__(self, cfg: ModelConfig, *, drop_path: float = 0.0, grad_checkpoint: bool = False):
+    def __init__(self, cfg: ModelConfig, *, drop_path: float = 0.0, grad_checkpoint: bool | str = False):
         super().__init__()
         self.vit = VisionTransformer(
             img_size=cfg.img_size,
@@ -34,6 +34,9 @@ class Backbone(nn.Module):
             init_values=cfg.layer_scale,
             drop_path_rate=drop_path,
             dynamic_img_size=True,
+            block_fn=Block,
+            attn_layer=Attention,
+            mlp_layer=Mlp,
         )
         self.mask_token = nn.Parameter(torch.empty(cfg.dim).normal_(std=TOKEN_STD))
         nn.init.normal_(self.vit.cls_token, std=TOKEN_STD)
@@ -42,14 +45,16 @@ class Backbone(nn.Module):
         self.patch, self.dim, self.depth = cfg.patch, cfg.dim, cfg.depth
         self.grad_checkpoint = grad_checkpoint
 
-    def forward(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, masks: Tensor | None = None, *, class_only: bool = False) -> tuple[Tensor, Tensor]:
         """Encode slices.
 
         Args:
             x: ``[B, 1, H, W]`` in [0, 1]; H and W multiples of the patch.
             masks: ``[B, P]`` booleans; masked patches are replaced by the mask token.
+            class_only: whether the patch tokens are of no use: the last block leaves them out.
         Returns:
-            Class token ``[B, D]`` and patch tokens ``[B, P, D]`` (row-major), both after the final norm.
+            Class token ``[B, D]`` and patch tokens ``[B, P, D]`` (row-major; ``[B, 0, D]`` where `class_only`), both
+            after the final norm.
         """
         vit = self.vit
         tokens = vit.patch_embed(normalise(x))  # [B, h, w, D]
@@ -57,19 +62,18 @@ class Backbone(nn.Module):
             masks = masks.view(tokens.shape[:3])
             tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))  # [B, 1 + registers + P, D]
-        run = self._checkpointed if self.grad_checkpoint and torch.is_grad_enabled() else _plain
-        for block in vit.blocks:
-            tokens = run(block, tokens)
+        for block in vit.blocks[:-1]:
+            tokens = self._run(block, tokens)
+        tokens = self._run(vit.blocks[-1], tokens, class_only=class_only)
         tokens = vit.norm(tokens)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
 
-    @staticmethod
-    def _checkpointed(block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        return checkpoint(block, tokens, use_reentrant=False)
-
-
-def _plain(block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    return block(tokens)
+    def _run(self, block: Block, tokens: Tensor, *, class_only: bool = False) -> Tensor:
+        if not self.grad_checkpoint or not torch.is_grad_enabled():
+            return block(tokens, class_only=class_only)
+        if self.grad_checkpoint == SELECTIVE:
+            return block(tokens, class_only=class_only, recompute=True)
+        return checkpoint(block, tokens, class_only=class_only, use_reentrant=False)
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class LossTerms:
 class Network(nn.Module):
     """Backbone and heads: one side of the distillation."""
 
-    def __init__(self, model: ModelConfig, loss: LossConfig, *, drop_path: float, grad_checkpoint: bool):
+    def __init__(self, model: ModelConfig, loss: LossConfig, *, drop_path: float, grad_checkpoint: bool | str):
         super().__init__()
         self.backbone = Backbone(model, drop_path=drop_path, grad_checkpoint=grad_checkpoint)
         dims = {"out_dim": loss.out_dim, "hidden_dim": loss.hidden_dim, "bottleneck_dim": loss.bottleneck_dim}
@@ -62,7 +62,7 @@ class Network(nn.Module):
 class SelfDistillation(nn.Module):
     """The whole objective. State that moves once per update (teacher, centres, Gram teacher) moves in `end_update`."""
 
-    def __init__(self, model: ModelConfig, loss: LossConfig, *, grad_checkpoint: bool = False):
+    def __init__(self, model: ModelConfig, loss: LossConfig, *, grad_checkpoint: bool | str = False):
         super().__init__()
         self.cfg = loss
         self.parallel = Parallel()  # one process; where several ranks train, the run puts theirs here
@@ -89,7 +89,7 @@ class SelfDistillation(nn.Module):
         cls, patches = self.student.backbone(batch.global_crops, batch.masks)
         all_cls = cls
         if batch.local_crops is not None:
-            all_cls = torch.cat([cls, self.student.backbone(batch.local_crops)[0]])
+            all_cls = torch.cat([cls, self.student.backbone(batch.local_crops, class_only=True)[0]])
         logits = self.student.dino_head(all_cls).float().unflatten(0, (-1, n_slices))  # [Vg + Vl, B, K]
         masked = None
         if self.student.ibot_head is not None:

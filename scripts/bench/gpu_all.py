@@ -21,6 +21,7 @@ LARGE = ["model=vit-large", "train.batch_size=64", "train.accumulation_steps=1"]
 PARTS: dict[int, list[tuple[str, list[str]]]] = {
     1: [
         ("ViT-L/14, 2x224, batch 64", LARGE),
+        ("ViT-L/14, 2x224, batch 64, selectively checkpointed", [*LARGE, "train.grad_checkpoint=selective"]),
         ("ViT-L/14, 2x224, batch 64, checkpointed", [*LARGE, "train.grad_checkpoint=true"]),
         ("ViT-L/14, 2x224 + 8x98, batch 64", [*LARGE, "aug=multicrop"]),
         ("ViT-L/14, 2x224 + 8x98, batch 64, checkpointed", [*LARGE, "aug=multicrop", "train.grad_checkpoint=true"]),

@@ -28,7 +28,7 @@ from dinoct.config import TrainConfig, to_object
 from dinoct.errors import ConfigError
 from dinoct.hardware import Hardware, resolve
 from dinoct.memory import estimate
-from dinoct.validate import validate
+from dinoct.validate import SELECTIVE, validate
 
 SMALL_512, LARGE_512, GIANT_512 = (
     [f"model=vit-{size}", "model.patch=16", "model.img_size=512"] for size in ("small", "large", "giant")
@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of one row")
     args = parser.parse_args()
     rows = [SMOKE] if args.smoke else [(" ".join(args.overrides), args.overrides)] if args.overrides else ROWS
-    header = ["setting", "weights, gradients, moments", "without checkpointing", "with", "less"]
-    header += ["estimate / trace, without", "with"] if args.trace or args.smoke else []
+    header = ["setting", "weights, gradients, moments", "without checkpointing", "selective", "with", "less"]
+    header += ["estimate / trace, without", "selective", "with"] if args.trace or args.smoke else []
     try:
         table = [row(name, overrides, trace=args.trace or args.smoke) for name, overrides in rows]
     except ConfigError as error:
@@ -69,13 +69,13 @@ def main() -> None:
 
 def row(name: str, overrides: Sequence[str], *, trace: bool) -> list[str]:
     cfg, hardware = settings(overrides)
-    plain, checkpointed = (replace(cfg, train=replace(cfg.train, grad_checkpoint=on)) for on in (False, True))
-    without, found = (estimate(c, hardware, parameters=student_parameters(c)) for c in (plain, checkpointed))
-    less = f"{100 * (1 - found.total / without.total):.0f} %"
-    cells = [name, *map(size_text, (without.state, without.total, found.total)), less]
+    kinds = [replace(cfg, train=replace(cfg.train, grad_checkpoint=kind)) for kind in (False, SELECTIVE, True)]
+    found = [estimate(kind, hardware, parameters=student_parameters(cfg)) for kind in kinds]
+    less = f"{100 * (1 - found[-1].total / found[0].total):.0f} %"
+    cells = [name, size_text(found[0].state), *(size_text(memory.total) for memory in found), less]
     if trace:
-        for memory, c in ((without, plain), (found, checkpointed)):
-            cells.append(f"{memory.activations / highest(c, hardware, fake=True):.2f}")
+        for memory, kind in zip(found, kinds, strict=True):
+            cells.append(f"{memory.activations / highest(kind, hardware, fake=True):.2f}")
     return cells
 
 

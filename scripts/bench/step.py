@@ -22,11 +22,12 @@ import torch
 from common import print_table
 from hydra import compose, initialize_config_module
 
-from dinoct.config import LossConfig, ModelConfig, TrainConfig, to_object
-from dinoct.flops import slice_flops
+from dinoct.config import TrainConfig, to_object
+from dinoct.flops import head_flops, slice_flops, vit_flops
 
 GLOBAL, LOCAL = (2, 96), (6, 48)  # views, pixels
 BATCH = 8
+PLAIN = {"pixels": GLOBAL[1], "local": LOCAL[0], "batch": BATCH}
 OVERRIDES = [
     "model=vit-tiny",
     "model.registers=0",
@@ -70,7 +71,6 @@ def compose_settings(*more: str) -> TrainConfig:
 
 def grow(rounds: int, steps: int) -> None:
     """Print what a step costs with more of one thing, in units of the step above."""
-    plain = {"pixels": GLOBAL[1], "local": LOCAL[0], "batch": BATCH}
     changed: dict[str, tuple[list[str], dict[str, int]]] = {
         "as above": ([], {}),
         "batch 4": ([], {"batch": 4}),
@@ -83,12 +83,13 @@ def grow(rounds: int, steps: int) -> None:
         "K 65,536": (["loss.out_dim=65536"], {}),
         "lagged Gram teacher": (["loss.gram.teacher=lagged"], {}),
         "Gram teacher at 192 px": (["loss.gram.teacher=lagged", "loss.gram.teacher_px=192"], {}),
+        "selectively checkpointed": (["train.grad_checkpoint=selective"], {}),
         "checkpointed": (["train.grad_checkpoint=true"], {}),
     }
-    work = {name: (compose_settings(*more), plain | sizes) for name, (more, sizes) in changed.items()}
+    work = {name: (compose_settings(*more), PLAIN | sizes) for name, (more, sizes) in changed.items()}
     entrants = {name: dinoct_step(settings, **sizes) for name, (settings, sizes) in work.items()}
     best = {name: min(found) for name, found in measure(entrants, rounds, steps).items()}
-    flops = {name: growing_flops(settings, **sizes) for name, (settings, sizes) in work.items()}
+    flops = {name: dinoct_flops(settings, **sizes) for name, (settings, sizes) in work.items()}
     rows = [
         [name, f"{seconds:.3f}", f"{seconds / best['as above']:.2f}", f"{flops[name] / flops['as above']:.2f}"]
         for name, seconds in best.items()
@@ -96,7 +97,7 @@ def grow(rounds: int, steps: int) -> None:
     print_table(["step", "best s", "x", "x by FLOPs"], rows)
 
 
-def growing_flops(settings: TrainConfig, *, pixels: int, local: int, batch: int) -> float:
+def dinoct_flops(settings: TrainConfig, *, pixels: int, local: int, batch: int) -> float:
     """FLOPs of a step by dinoct's own formula."""
     settings.aug.global_crops, settings.aug.local_crops, settings.aug.local_size = GLOBAL[0], local, LOCAL[1]
     settings.model.img_size = pixels
@@ -123,7 +124,8 @@ def report(times: dict[str, list[float]], settings: TrainConfig) -> None:
     peers = [seconds for name, seconds in best.items() if not name.startswith("dinoct")]
     rows = []
     for name, found in times.items():
-        flops = step_flops(settings.model, settings.loss, gram=name.startswith("dinoct"))
+        own = name.startswith("dinoct")
+        flops = dinoct_flops(settings, **PLAIN) if own else peer_flops(settings)
         ratio = f"{best[name] / min(peers):.2f}" if peers else "-"
         middle = f"{statistics.median(found):.3f}"
         rows.append([name, f"{best[name]:.3f}", middle, ratio, f"{flops / 1e9:.1f}", f"{flops / best[name] / 1e9:.0f}"])
@@ -217,24 +219,14 @@ def stable_pretraining_step(settings: TrainConfig) -> Step:
     return step
 
 
-def step_flops(model: ModelConfig, loss: LossConfig, *, gram: bool) -> float:
-    """FLOPs of a step: the student's three passes over all views, the teacher's one over the global views."""
-    k, hidden, narrow, dim = loss.out_dim, loss.hidden_dim, loss.bottleneck_dim, model.dim
-    head = 2 * (dim * hidden + hidden * hidden + hidden * narrow + narrow * k)
-    whole, part = (vit_flops(model, size) + head for _, size in (GLOBAL, LOCAL))
-    total = GLOBAL[0] * whole * (3 + 1) + LOCAL[0] * part * 3
-    if gram:  # P x P similarities of both sides, of the student's forth and back
-        patches = (GLOBAL[1] // model.patch) ** 2
-        total += GLOBAL[0] * 2 * patches**2 * dim * (3 + 1)
-    return BATCH * total
+def peer_flops(settings: TrainConfig) -> float:
+    """FLOPs of a peer's step: the student's three passes over all views, the teacher's one over the global views.
 
-
-def vit_flops(model: ModelConfig, size: int) -> float:
-    """FLOPs of one image's forward pass: projections, attention, and the patch embedding."""
-    patches, dim = (size // model.patch) ** 2, model.dim
-    tokens = patches + 1 + model.registers
-    block = 2 * tokens * dim * dim * (4 + 2 * model.mlp_ratio) + 4 * tokens * tokens * dim
-    return model.depth * block + 2 * patches * dim * model.patch**2
+    Peers compute local views whole, and have no Gram term. That they take three channels is left out.
+    """
+    head = head_flops(settings.model, settings.loss)
+    whole, part = (vit_flops(settings.model, pixels) + head for _, pixels in (GLOBAL, LOCAL))
+    return BATCH * (GLOBAL[0] * whole * (3 + 1) + LOCAL[0] * part * 3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""A transformer block with timm's weights that keeps less for its backward pass, and computes only what is asked for.
+
+It computes what timm's own block computes. LayerScale's g is multiplied into the weights of the projection before it:
+so no branch's output is kept for the gradient of g, and a block that is computed again for its backward pass (Chen et
+al. 2016, arXiv:1604.06174) ends before its last matrix product.
+"""
+
+from collections.abc import Callable
+
+from timm.layers import Mlp as TimmMlp
+from timm.models import vision_transformer as timm_vit
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # calls a function with a tensor
+
+
+def keep(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call it; what its backward pass needs is kept."""
+    return function(x)
+
+
+def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call it; its backward pass calls it again. It must draw nothing at random."""
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+class Block(timm_vit.Block):
+    """timm's pre-norm block; `attn` and `mlp` take their norm and LayerScale along, which stay the block's own."""
+
+    def forward(self, x: Tensor, *, recompute: bool = False, class_only: bool = False) -> Tensor:
+        """One block.
+
+        Args:
+            x: tokens ``[B, N, D]``, the class token first.
+            recompute: whether the backward pass computes the norms, the MLP's first layer and its GELU again: 16 bytes
+                per token and dimension are kept instead of 36 (bf16), for a third of the block's matrix products.
+            class_only: whether nobody asks for more than the class token.
+        Returns:
+            ``[B, N, D]``, or ``[B, 1, D]`` where `class_only`.
+        """
+        run = again if recompute else keep
+        branch = self.attn(x, self.norm1, getattr(self.ls1, "gamma", None), run=run, class_only=class_only)
+        x = (x[:, :1] if class_only else x) + self.drop_path1(branch)
+        return x + self.drop_path2(self.mlp(x, self.norm2, getattr(self.ls2, "gamma", None), run=run))
+
+
+class Attention(timm_vit.Attention):
+    """Self-attention of normed tokens, with LayerScale in its projection."""
+
+    def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, run: Run, class_only: bool) -> Tensor:
+        if class_only:
+            q, k, v = self._one_query(norm(x))
+        else:
+            q, k, v = self._heads(run(lambda x: self.qkv(norm(x)), x), 3)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # [B, heads, N, D / heads]
+        return scaled(self.proj, x.transpose(1, 2).flatten(2), gamma)
+
+    def _one_query(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of all tokens, the class token's query."""
+        dims, bias = [x.shape[-1], 2 * x.shape[-1]], self.qkv.bias
+        (one, rest), biases = self.qkv.weight.split(dims), (None, None) if bias is None else bias.split(dims)
+        queries = self._heads(F.linear(x[:, :1], one, biases[0]), 1)
+        return *queries, *self._heads(F.linear(x, rest, biases[1]), 2)
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """``[B, N, parts * D]`` to as many of ``[B, heads, N, D / heads]``."""
+        return x.unflatten(2, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(TimmMlp):
+    """Both layers on normed tokens, with LayerScale in the second."""
+
+    def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, run: Run) -> Tensor:
+        return run(lambda x: scaled(self.fc2, self.act(self.fc1(norm(x))), gamma), x)
+
+
+def scaled(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
+    """``linear(x) * gamma``; `gamma` ``[D]`` scales the weights."""
+    if gamma is None:
+        return linear(x)
+    return F.linear(x, linear.weight * gamma.unsqueeze(1), linear.bias * gamma)
