@@ -61,6 +61,12 @@ def check_parallel(plan: RunPlan) -> None:
     for key in ("preflight", "replay"):
         if getattr(plan.cfg, key):
             raise ConfigError(f"{key} looks at one process: add parallel=none")
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if started is None and tasks > 1:
+        raise ConfigError(
+            f"srun started {tasks} tasks that do not know of each other, and each would start processes of its own: "
+            "take one task per node, with torchrun (docs/scaling.md)"
+        )
     if started is not None and parallel.processes not in (None, started):
         raise ConfigError(f"parallel.processes={parallel.processes}, but {started} were started: leave it out")
 

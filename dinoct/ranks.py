@@ -94,7 +94,7 @@ class ShardedParallel(DataParallel):
         # Autocast computes attention and MLP in bf16: gather their weights so, and leave norms and the residual stream.
         halved = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for backbone in filter(None, (model.student.backbone, model.teacher.backbone, model.gram_teacher)):
+        for backbone in model.backbones:
             for block in backbone.vit.blocks:
                 for part in (block.attn, block.mlp):
                     self._parts.append(fully_shard(part, mesh=mesh, mp_policy=halved if amp else exact))

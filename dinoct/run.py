@@ -137,6 +137,9 @@ def _parts(plan: RunPlan, hardware: Hardware, parallel: Parallel | None = None) 
     model.parallel = parallel
     parallel.shard(model, amp=hardware.amp)
     model.to(hardware.device)
+    if cfg.train.compile:
+        for backbone in model.backbones:
+            backbone.compile_blocks()
     if parallel.rank:  # the same weights on every rank, but a drop path of its own
         torch.manual_seed(cfg.seed + RANK_SEEDS * parallel.rank)
     return _Parts(model, build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim), _horizon(plan), notes)

@@ -212,6 +212,8 @@ def _parallel(cfg: TrainConfig) -> None:
         raise ConfigError(f"parallel.processes={processes} needs parallel=ddp, or parallel=fsdp for a model too large")
     if name != "none" and cfg.train.batch_size == AUTO:
         raise ConfigError("train.batch_size=auto tries out one card: find the size with parallel=none, then give it")
+    if name == "fsdp" and cfg.train.compile:
+        raise ConfigError("train.compile=true and parallel=fsdp do not go together: leave one out")
 
 
 def _batch_size(value: int | str | None) -> None:

@@ -67,6 +67,7 @@ def test_parameter_counts(name, millions):
         (["loss.gram.teacher=none"], "loss.gram.teacher must be one of ema, lagged, snapshot"),
         (["model.heads=5"], "model.dim=1024 is not a multiple of model.heads=5"),
         (["train.batch_size=0"], "train.batch_size must be at least 1"),
+        (["train.compile=true", "parallel=fsdp"], "train.compile=true and parallel=fsdp do not go together"),
         (["train.grad_checkpoint=mlp"], "train.grad_checkpoint must be true, false or selective, not mlp"),
         (["aug.global_crops=1"], "aug.global_crops=1 leaves one view"),
         (["aug.global_scale=[0.9,0.1]"], "aug.global_scale must be two rising numbers"),

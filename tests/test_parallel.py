@@ -206,6 +206,7 @@ def test_an_error_of_all_ranks_is_said_once(phantom_root, workplace):
             ["parallel=ddp", "parallel.processes=3"],
             "parallel.processes=3, but 2 were started",
         ),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, ["parallel=ddp"], "srun started 4 tasks that do not know of each other"),
         ({}, ["parallel=ddp"], "parallel.processes is needed on a machine without a card"),
         ({}, ["parallel=ddp", "parallel.processes=2", "preflight=true"], "preflight looks at one process"),
         ({}, ["parallel=fsdp", "parallel.processes=2", "train.batch_size=auto"], "find the size with parallel=none"),

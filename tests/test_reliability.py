@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import TINY, losses, metrics, run, start
+from torch._inductor.exc import InvalidCxxCompiler
 
 from dinoct import checkpoint as checkpoints
 from dinoct.config import CkptConfig
@@ -297,6 +298,7 @@ def test_a_run_folder_that_is_read_only_is_one_line(phantom_root, workplace, sma
         ),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "hardware.num_workers"),
         (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "--shm-size"),
+        (InvalidCxxCompiler(), "train.compile=false"),
         (ValueError("two\nlines"), "ValueError: two lines"),
     ],
 )
@@ -479,3 +481,22 @@ def test_config_survives_and_names_every_resume(phantom_root, workplace, whole, 
         assert words in out
     assert main([str(workplace)]) == 0
     assert main(["show", str(workplace)]) == 1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["false", "selective"])
+def test_a_compiled_run_is_the_plain_run(phantom_root, workplace, kind):
+    """The same losses, and a checkpoint that goes on without it."""
+    settings = ["train.max_steps=6", "aug=multicrop", "model.drop_path=0.1", "model.layer_scale=0.1", "ckpt.every=3"]
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        more = [f"train.compile={compiled}", f"train.grad_checkpoint={kind}"]
+        assert train(phantom_root, workplace / name, *settings, *more) == 0
+    for a, b in zip(metrics(workplace / "plain"), metrics(workplace / "compiled"), strict=True):
+        for loss in ("loss/dino", "loss/koleo", "loss/gram"):
+            assert a[loss] == pytest.approx(b[loss], rel=1e-4, abs=1e-6), (a["step"], loss)
+    middle = workplace / "compiled" / "checkpoint_00000003.pth"
+    assert run("train", f"resume={middle}", f"run_dir={workplace / 'on'}", "train.compile=false", *HERE) == 0
+    assert metrics(workplace / "on")[-1]["loss/total"] == pytest.approx(
+        metrics(workplace / "plain")[-1]["loss/total"], rel=1e-4
+    )

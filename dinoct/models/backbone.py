@@ -68,6 +68,18 @@ class Backbone(nn.Module):
         tokens = vit.norm(tokens)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile make kernels of attention and MLP when they first run; weights and their names stay.
+
+        Not of whole blocks: each has a drop path rate of its own, and would be compiled anew.
+        """
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False  # the Gram term's share of the gradient goes back a second time
+        for block in self.vit.blocks:
+            block.attn.compile()
+            block.mlp.compile()
+
     def _run(self, block: Block, tokens: Tensor, *, class_only: bool = False) -> Tensor:
         if not self.grad_checkpoint or not torch.is_grad_enabled():
             return block(tokens, class_only=class_only)

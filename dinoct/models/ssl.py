@@ -79,6 +79,11 @@ class SelfDistillation(nn.Module):
             self.register_buffer(f"{name}_center_sum", torch.zeros(loss.out_dim), persistent=False)
             self.register_buffer(f"{name}_center_count", torch.zeros(()), persistent=False)
 
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The student's, the EMA teacher's, and the Gram teacher's, where it has one of its own."""
+        return [side for side in (self.student.backbone, self.teacher.backbone, self.gram_teacher) if side is not None]
+
     def forward(self, batch: CropBatch, *, teacher_temperature: float) -> LossTerms:
         """Losses of one micro-batch; no state moves except the sums for the centres.
 

@@ -60,6 +60,21 @@ PARTS: dict[int, list[tuple[str, list[str]]]] = {
             ["model=vit-giant", "train.batch_size=64", "train.accumulation_steps=1", "train.grad_checkpoint=true"],
         ),
     ],
+    5: [
+        ("ViT-L/14, 2x224, batch 64, compiled", [*LARGE, "train.compile=true"]),
+        (
+            "ViT-L/14, 2x224, batch 64, selectively checkpointed, compiled",
+            [*LARGE, "train.grad_checkpoint=selective", "train.compile=true"],
+        ),
+        (
+            "ViT-L/14, 2x224, batch 64, checkpointed, compiled",
+            [*LARGE, "train.grad_checkpoint=true", "train.compile=true"],
+        ),
+        (
+            "ViT-L/14, 2x224 + 8x98, batch 64, selectively checkpointed, compiled",
+            [*LARGE, "aug=multicrop", "train.grad_checkpoint=selective", "train.compile=true"],
+        ),
+    ],
 }
 SMOKE = ["experiment=demo", "train.batch_size=8", "hardware=cpu", "hardware.num_workers=1"]
 
