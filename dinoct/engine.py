@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinoct import checkpoint as checkpoints
-from dinoct import shards
+from dinoct import shards, state
 from dinoct.checkpoint import Checkpoint
 from dinoct.config import TrainConfig
 from dinoct.console import log, progress
@@ -24,8 +24,8 @@ from dinoct.looks import Looks
 from dinoct.memory import advice
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation
-from dinoct.optim import apply_schedule, load_optimizer_state, optimizer_state
-from dinoct.parallel import Parallel, like, whole
+from dinoct.optim import apply_schedule
+from dinoct.parallel import Parallel
 from dinoct.records import Records, Scalars
 from dinoct.rng import restore_rng, rng_state
 from dinoct.rundir import RunFolder
@@ -259,7 +259,7 @@ class Engine:
         self._settle()
         if self.cfg.ckpt.sharded and not self.parallel.whole:
             share = shards.share_of(self.model, self.optimizer)
-            self.saver.try_save_shards(share, self._generators(rng_state()), self._meta())
+            self.saver.try_save_shards(share, state.gather_generators(self.parallel, rng_state()), self._meta())
         else:
             self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
 
@@ -281,7 +281,8 @@ class Engine:
         if self.step == 0 or (self._saved is not None and checkpoints.step_of(self._saved) == self.step):
             raise TrainingError(f"step {self.step + 1}: {message}") from error
         try:  # a failed update moved nothing but the generators
-            saved = self.saver.save(self._own_state(self._rng()), self._meta())
+            own = state.own(self.model, self.optimizer, self.parallel, rng=self._rng())
+            saved = self.saver.save(own, self._meta())
         except Exception as second:
             raise TrainingError(f"step {self.step + 1}: {message}; and not saved: {second}") from error
         raise TrainingError(f"step {self.step + 1}: {message}; the state of step {self.step} is in {saved}") from error
@@ -302,35 +303,8 @@ class Engine:
     # --- what is written --------------------------------------------------------------------------------------------
 
     def state_dict(self, rng: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Tensors of the whole state; on whatever device, `load` brings them back through the CPU.
-
-        Of several ranks all must ask, and the first gets it: a checkpoint is one file, however many ranks wrote it, and
-        any number goes on from it. `rng`: the generators' state, where it is not that of now.
-        """
-        generators = self._generators(rng or rng_state())
-        return self._own_state(generators["rng"]) | generators
-
-    def _generators(self, own: dict[str, Any]) -> dict[str, Any]:
-        """The generators' states of all ranks; all must ask."""
-        found = self.parallel.each(own)
-        ranks = {"rng_ranks": {str(rank): state for rank, state in enumerate(found)}} if len(found) > 1 else {}
-        return {"rng": found[0]} | ranks
-
-    def _own_state(self, rng: dict[str, Any]) -> dict[str, Any]:
-        """`state_dict` without the others: where each rank holds the whole model, none is asked."""
-        model = {name: self._whole(tensor) for name, tensor in self.model.state_dict().items()}
-        moments = {
-            name: {key: self._whole(value) for key, value in state.items()}
-            for name, state in optimizer_state(self.optimizer).items()
-        }
-        return {"model": model, "optimizer": moments, "rng": rng}
-
-    def _whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of the state for the one file; put together from shares, it is let go by those who do not write."""
-        if self.parallel.whole:
-            return tensor
-        tensor = whole(tensor)
-        return tensor.cpu() if self.parallel.leads else tensor.new_empty(0)
+        """The whole state (`dinoct.state`), with the generators as of now or in `rng`; of several ranks all must ask."""
+        return state.gather(self.model, self.optimizer, self.parallel, rng=rng or rng_state())
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, of one file or of shares; its tensors are let go."""
@@ -339,16 +313,9 @@ class Engine:
         self.load_state_dict(checkpoint.state, checkpoint.meta)
         checkpoint.state = {}
 
-    def load_state_dict(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], meta: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        own = self.model.state_dict()
-        self.model.load_state_dict({n: like(t, own[n]) if n in own else t for n, t in state["model"].items()})
-        load_optimizer_state(self.optimizer, state["optimizer"])
-        ranks = state.get("rng_ranks", {})
-        if len(ranks) == self.parallel.world:
-            restore_rng(ranks[str(self.parallel.rank)])
-        elif self.parallel.leads:  # of another number of ranks: the others keep seeds of their own
-            restore_rng(state["rng"])
+        state.restore(saved, self.model, self.optimizer, self.parallel)
         self.records.anomalies.load(meta["anomalies"])
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.looks.resume(meta.get("best_rank"))
