@@ -17,7 +17,7 @@ from dinoct.console import log, progress
 from dinoct.data.dataset import SliceViews, train_loader
 from dinoct.data.index import SliceIndex
 from dinoct.errors import DinoctError
-from dinoct.faults import explain, is_out_of_memory
+from dinoct.faults import explain, is_lost_rank, is_out_of_memory
 from dinoct.guard import FiniteGuard, StepNote, skip_on_device
 from dinoct.hardware import Hardware
 from dinoct.looks import Looks
@@ -270,6 +270,10 @@ class Engine:
     def _rescue(self, error: Exception) -> None:
         """Save the last finished step, if the memory still holds it, and say what happened."""
         log.debug("traceback", exc_info=error)
+        if is_lost_rank(error) and self.hardware.device.type == "cuda":
+            # The card waits for the lost rank for good, and what it holds by now is not the last finished step's.
+            message = f"{explain(error)}; go on from the newest checkpoint with resume=auto"
+            raise TrainingError(f"step {self.step + 1}: {message}") from error
         self._settle()  # a step that was not finite is what went wrong first
         if is_out_of_memory(error):
             count = parameter_count(self.model.student)
@@ -303,7 +307,7 @@ class Engine:
     # --- what is written --------------------------------------------------------------------------------------------
 
     def state_dict(self, rng: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole state (`dinoct.state`), with the generators as of now or in `rng`; of several ranks all must ask."""
+        """The whole state (`dinoct.state`), the generators as of now or in `rng`; of several ranks all must ask."""
         return state.gather(self.model, self.optimizer, self.parallel, rng=rng or rng_state())
 
     def load(self, checkpoint: Checkpoint) -> None:

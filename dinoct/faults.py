@@ -40,6 +40,8 @@ def explain(error: BaseException) -> str:
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an exchange failed because another rank is gone: that one knows why."""
     text = str(error)
+    if is_out_of_memory(error):  # NCCL says so by the same exception
+        return False
     return isinstance(error, torch.distributed.DistBackendError | torch.distributed.DistNetworkError) or any(
         part in text for part in ("Connection closed by peer", "Connection reset by peer", "[gloo", "gloo/transport")
     )
@@ -47,4 +49,5 @@ def is_lost_rank(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "error: out of memory", "ALLOC_FAILED")  # the host, the driver, cuBLAS and cuDNN
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in said)

@@ -40,7 +40,7 @@ class FiniteGuard:
             if finite.is_cuda:
                 host = torch.empty((), dtype=torch.bool, pin_memory=True)
                 host.copy_(finite, non_blocking=True)
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to the loader's workers
                 event.record()
                 finite = host
             self._pending = (finite, event, note)

@@ -68,11 +68,22 @@ def detect_platform() -> str:
     return "cpu"
 
 
+def settle_kernels() -> None:
+    """Leave nothing of a step to a container's settings or to chance.
+
+    float32 products are float32: some images switch them to TF32. cuDNN's attention, which torch prefers on Hopper, is
+    left out: reports of NaN in its backward pass are open (NVIDIA/cudnn-frontend issue 1072), and flash is there.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attention_backend(platform_name: str, amp: bool) -> str:
     """The kernel that scaled_dot_product_attention may take here."""
     if platform_name == "cpu":
         return "sdpa (cpu)"
-    if platform_name == "rocm" and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
+    experimental = platform_name == "rocm" and not rocm_architecture().startswith("gfx9")  # consumer cards and APUs
+    if experimental and os.environ.get("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL") != "1":
         return "math (slow): set TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
     if not amp:
         return "sdpa (float32: no flash kernel)"
@@ -162,6 +173,13 @@ def resolve(
         processes=processes,
         reasons=reasons,
     )
+
+
+def rocm_architecture() -> str:
+    """AMD's name of the card's architecture, such as gfx1151; empty where there is no such card."""
+    if not torch.version.hip or not torch.cuda.is_available():
+        return ""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName
 
 
 def card_name(platform_name: str) -> str:

@@ -72,6 +72,7 @@ class Looks:
             window=self.cfg.aug.window,
             size=self.cfg.model.img_size,
             device=self.hardware.device,
+            amp=self.hardware.amp,
             out=out,
             title=f"step {step}",
             sample=sample_slices(self.index, self.store),

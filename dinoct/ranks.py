@@ -47,9 +47,13 @@ class DataParallel(Parallel):
         return parts
 
     def wrap(self, model: nn.Module) -> Callable[..., Any]:
-        # The mask token has no gradient in a micro-batch without masks, hence the search for unused parameters.
+        # With iBOT the mask token has no gradient in a micro-batch without masks. Looking for what has none makes the
+        # host wait for the card in each update.
         self._wrapped = DistributedDataParallel(
-            model, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            model,
+            broadcast_buffers=False,
+            find_unused_parameters=model.cfg.ibot.weight > 0,
+            gradient_as_bucket_view=True,
         )
         return self._wrapped
 

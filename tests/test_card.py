@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinoct.checkup.batchsize import synthetic_batch
-from dinoct.engine import Engine
+from dinoct.engine import Engine, TrainingError
 from dinoct.guard import FiniteGuard
 from dinoct.hardware import resolve
 from dinoct.models.ssl import SelfDistillation
@@ -110,6 +110,15 @@ def test_an_update_stays_on_the_card_and_never_waits_for_it(overrides):
     to_host = [copy for copy in copies.found if copy[:2] == ("cuda", "cpu")]
     assert to_host == [("cuda", "cpu", 1)] * 2  # the verdict of each update, whether it was finite: not waited for
     assert [copy for copy in copies.found if copy[0] == "cpu"] == copies.expected  # the micro-batches, and nothing else
+
+
+def test_behind_a_lost_rank_nothing_is_waited_for():
+    """The card's queue stands still for good; what it holds is no finished step, so nothing is saved either."""
+    engine = Engine.__new__(Engine)
+    engine.hardware = replace(resolve(settings().hardware), platform="cuda", device=CARD)
+    engine.step = 7
+    with pytest.raises(TrainingError, match=r"step 8: another rank is gone .*resume=auto"):
+        engine._rescue(RuntimeError("[gloo/transport/tcp] Connection closed by peer"))
 
 
 def test_waiting_for_the_card_is_noticed(monkeypatch):

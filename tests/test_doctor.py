@@ -92,6 +92,7 @@ def rocm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Radeon 8060S")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 10**9, 96 * 10**9))
+    set_architecture(monkeypatch, "gfx1151")
     monkeypatch.delenv("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", raising=False)
     monkeypatch.setattr(machine_lines, "AMD", machine.MEMINFO)
 
@@ -106,6 +107,18 @@ def test_on_rocm_the_variable_for_fused_attention_is_named(rocm, workplace, capf
     assert said["attention"].startswith("WARN math (slow)")
     assert "-> export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1" in said["attention"]
     assert "not run" in said["attention"]
+
+
+def set_architecture(monkeypatch, name: str) -> None:
+    properties = SimpleNamespace(gcnArchName=name, is_integrated=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+def test_a_data_centre_card_needs_no_variable(rocm, monkeypatch):
+    """AOTriton's kernels are experimental on consumer cards and APUs alone."""
+    set_architecture(monkeypatch, "gfx942:sramecc+:xnack-")
+    assert machine_lines.rocm_attention(amp=True).level == OK
 
 
 def test_with_the_variable_set_nothing_is_asked_for(rocm, monkeypatch):

@@ -75,6 +75,17 @@ def test_attention_is_that_of_timms_own_path(backbone):
     assert not block.attn.q_norm._forward_hooks  # nothing stays behind
 
 
+def test_a_compiled_model_is_looked_into_too(backbone):
+    """Compiled code goes by the hooks that see the queries and keys."""
+    compiled = copy.deepcopy(backbone)
+    for block in compiled.vit.blocks:
+        block.attn.compile(backend="eager")
+    image = np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    with torch.inference_mode():
+        compiled(torch.from_numpy(image)[None, None])
+    np.testing.assert_allclose(see(compiled, image, CPU).heads, see(backbone, image, CPU).heads, atol=1e-6)
+
+
 def test_the_shares_of_attention_add_up(backbone):
     seen = see(backbone, np.random.default_rng(0).random((32, 32), dtype=np.float32), CPU)
     assert seen.heads.shape == (4, 4, 4)

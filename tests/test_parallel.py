@@ -113,7 +113,8 @@ def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, work
     """As ViT-g trains: weights are gathered in bf16, blocks computed again. The order of sums is all that differs."""
     settings = [*EVERY_TERM, "train.amp=true", f"train.grad_checkpoint={kind}", "train.max_steps=4"]
     train(phantom_root, workplace / "one", *settings, "train.batch_size=8")
-    train(phantom_root, workplace / "two", *settings, *ranks("fsdp", 4))
+    train(phantom_root, workplace / "two", *settings, *ranks("fsdp", 4), "monitor.every=2")
+    assert (workplace / "two" / "monitor" / "step_00000002" / "heatmap.png").is_file()
     for a, b in zip(metrics(workplace / "one"), metrics(workplace / "two"), strict=True):
         for name in ("loss/dino", "loss/ibot", "loss/koleo", "loss/gram"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["step"], name)

@@ -9,7 +9,7 @@ import torch
 from commands import TINY, run
 from hydra import compose, initialize_config_module
 
-from dinoct.checkup import batchsize, pace, preflight
+from dinoct.checkup import batchsize, machine, pace, preflight
 from dinoct.checkup.batchsize import fit_batch, largest_that_fits, split_update, synthetic_batch, trial
 from dinoct.checkup.machine import Space
 from dinoct.checkup.pace import Pace, extrapolate, predict
@@ -218,6 +218,13 @@ def test_a_trial_leaves_no_trace(monkeypatch, fails):
     model, optimizer, hardware = parts(cfg)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
+    losses, held = SelfDistillation._losses, []
+
+    def look(self, *args):
+        held.append(all(p.grad is not None for p in self.student.parameters() if p.requires_grad))
+        return losses(self, *args)
+
+    monkeypatch.setattr(SelfDistillation, "_losses", look)
     if fails:
         no_memory_behind(monkeypatch, 4)
         with pytest.raises(torch.OutOfMemoryError):
@@ -229,6 +236,7 @@ def test_a_trial_leaves_no_trace(monkeypatch, fails):
     assert torch.equal(torch.get_rng_state(), generator)
     assert model.dino_center_sum.count_nonzero() == model.ibot_center_count == 0
     assert optimizer.state == {}
+    assert held == [True]  # the gradient of the micro-batches before, which the memory must hold too
 
 
 def parts(cfg: TrainConfig):
@@ -268,6 +276,20 @@ def card(monkeypatch):
         "mem_get_info": (10**9, 10**9),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    set_card(monkeypatch, integrated=False)
+
+
+def set_card(monkeypatch, *, integrated: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(is_integrated=integrated))
+
+
+def test_a_card_in_the_hosts_memory_has_no_more_than_the_host(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (120 * 10**9, 62 * 10**9))
+    monkeypatch.setattr(machine, "ram", lambda: Space(50 * 10**9, 125 * 10**9))
+    assert machine.card_memory().free == 120 * 10**9
+    set_card(monkeypatch, integrated=True)
+    assert machine.card_memory() == Space(50 * 10**9, 62 * 10**9)
 
 
 def plan_of(cfg: TrainConfig, *, before: dict | None = None, typed: tuple[str, ...] = ()) -> RunPlan:

@@ -21,7 +21,7 @@ from dinoct import checkpoint as checkpoints
 from dinoct.config import CkptConfig
 from dinoct.data.dataset import SliceViews
 from dinoct.engine import Engine
-from dinoct.faults import explain
+from dinoct.faults import explain, is_lost_rank, is_out_of_memory
 from dinoct.guard import FiniteGuard
 from dinoct.models.ssl import SelfDistillation
 from dinoct.saving import Saver
@@ -481,6 +481,23 @@ def test_config_survives_and_names_every_resume(phantom_root, workplace, whole, 
         assert words in out
     assert main([str(workplace)]) == 0
     assert main(["show", str(workplace)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "rank"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True, False),
+        (RuntimeError("CUDA error: out of memory"), True, False),
+        (RuntimeError("HIP error: out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'CUDA error: out of memory'"), True, False),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0"), False, True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"), False, True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False, False),
+    ],
+)
+def test_no_memory_and_no_neighbour_are_told_apart(error, memory, rank):
+    assert (is_out_of_memory(error), is_lost_rank(error)) == (memory, rank)
 
 
 @pytest.mark.long

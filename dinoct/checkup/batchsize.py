@@ -55,6 +55,7 @@ def fit_batch(plan: RunPlan, hardware: Hardware, model: SelfDistillation, *, sli
             return replace(hardware, **found, reasons=reasons)
     limit = max(1, min(effective // (accumulation or 1), slices))
     found = largest_that_fits(lambda n: fits_card(model, cfg, hardware, n), limit)
+    torch.cuda.reset_peak_memory_stats()  # the run's own peak is told, not a trial's
     if not found:
         one = replace(hardware, batch_size=1)
         options = remedies(cfg, one, parameters=parameter_count(model.student))
@@ -136,6 +137,8 @@ def trial(model: SelfDistillation, cfg: TrainConfig, hardware: Hardware, n: int)
     model.teacher.eval()
     try:
         batch = synthetic_batch(cfg, n).to(hardware.device)
+        for parameter in model.student.parameters():  # as there are from the second micro-batch of an update on
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with hardware.autocast():
             terms = model(batch, teacher_temperature=cfg.loss.dino.teacher_temperature)
         terms.total.backward()

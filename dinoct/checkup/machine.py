@@ -52,9 +52,16 @@ def ram() -> Space | None:
 
 
 def card_memory() -> Space:
-    """Memory of the card that torch takes, what this process holds but does not use counted as free."""
+    """Memory of the card that torch takes, what this process holds but does not use counted as free.
+
+    A card that shares the host's memory may say that more is free than it has, and than the host has.
+    """
     free, total = torch.cuda.mem_get_info()
-    return Space(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total)
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    host = ram()
+    if host is not None and torch.cuda.get_device_properties(torch.cuda.current_device()).is_integrated:
+        free = min(free, total, host.free)
+    return Space(free, total)
 
 
 def usable_cores() -> float:

@@ -41,8 +41,9 @@ def load_backbone(checkpoint: Checkpoint) -> Backbone:
 
 
 def random_backbone(cfg: ModelConfig, *, seed: int) -> Backbone:
-    """An untrained backbone of the same shape, from a seed of its own; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """An untrained backbone of the same shape, from a seed of its own; the global generators are left as they were."""
+    card = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=card):
         torch.manual_seed(seed)
         return Backbone(cfg).eval().requires_grad_(False)
 

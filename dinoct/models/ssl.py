@@ -67,6 +67,7 @@ class SelfDistillation(nn.Module):
         self.cfg = loss
         self.parallel = Parallel()  # one process; where several ranks train, the run puts theirs here
         self.student = Network(model, loss, drop_path=model.drop_path, grad_checkpoint=grad_checkpoint)
+        self.student.backbone.mask_token.requires_grad_(loss.ibot.weight > 0)
         self.teacher = Network(model, loss, drop_path=0.0, grad_checkpoint=False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()

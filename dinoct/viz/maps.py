@@ -1,7 +1,7 @@
 """What an encoder makes of a slice, as arrays on the grid of its patches."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,15 @@ class Seen:
     on_registers: float | None  # None: the model has none
 
 
-def see(backbone: nn.Module, image: np.ndarray, device: torch.device) -> Seen:
-    """Encode an image ``[S, S]`` in [0, 1]; the backbone, which is on `device`, is left in the mode that it was in."""
+def see(backbone: nn.Module, image: np.ndarray, device: torch.device, *, amp: bool = False) -> Seen:
+    """Encode an image ``[S, S]`` in [0, 1]; the backbone, which is on `device`, is left in the mode that it was in.
+
+    `amp`: in bf16, where its weights are gathered so.
+    """
     training = backbone.training
     try:
         with class_attention(backbone.eval()) as attention:
-            norms, tokens = patch_norms(backbone, image, device)
+            norms, tokens = patch_norms(backbone, image, device, amp=amp)
     finally:
         backbone.train(training)
     rows = attention()  # [heads, 1 + registers + P]
@@ -43,7 +46,9 @@ def see(backbone: nn.Module, image: np.ndarray, device: torch.device) -> Seen:
 
 
 @torch.inference_mode()
-def patch_norms(backbone: nn.Module, image: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def patch_norms(
+    backbone: nn.Module, image: np.ndarray, device: torch.device, *, amp: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """L2 norms ``[h, w]`` of the patch tokens of an image ``[S, S]`` in [0, 1], and the tokens ``[P, D]``.
 
     The norms are taken before the final LayerNorm, which makes all of them nearly the same.
@@ -51,7 +56,8 @@ def patch_norms(backbone: nn.Module, image: np.ndarray, device: torch.device) ->
     before: list[Tensor] = []
     hook = backbone.vit.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     try:
-        patches = backbone(torch.from_numpy(image)[None, None].to(device))[1][0].float().cpu()  # [P, D]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            patches = backbone(torch.from_numpy(image)[None, None].to(device))[1][0].float().cpu()  # [P, D]
     finally:
         hook.remove()
     raw = before[0][0, -len(patches) :].float().cpu()  # [P, D]; class and register tokens stand in front
@@ -77,9 +83,11 @@ def class_attention(backbone: nn.Module) -> Iterator[Callable[[], np.ndarray]]:
         return lambda _module, _inputs, output: seen.__setitem__(name, output[0].detach().float())  # [heads, N, d]
 
     # they stand behind the split into heads, as nn.Identity where the model has no norm of queries and keys
+    compiled = attention._compiled_call_impl is not None
     hooks = [attention.q_norm.register_forward_hook(keep("q")), attention.k_norm.register_forward_hook(keep("k"))]
     try:
-        yield lambda: _softmax_rows(seen["q"][:, :1], seen["k"], attention.scale)[:, 0].cpu().numpy()
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():  # it would go by the hooks
+            yield lambda: _softmax_rows(seen["q"][:, :1], seen["k"], attention.scale)[:, 0].cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()

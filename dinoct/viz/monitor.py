@@ -27,6 +27,7 @@ def draw_monitor(
     window: WindowConfig,
     size: int,
     device: torch.device,
+    amp: bool = False,
     out: Path,
     title: str,
     patch: Sequence[int] | None = None,
@@ -39,6 +40,7 @@ def draw_monitor(
         hu: square slice in HU.
         window: a range of windows; the model sees the slice in the middle one.
         size: pixels of the model's input.
+        amp: encode in bf16.
         out: made where it is missing.
         title: stands above every picture of this slice.
         patch: (row, column) of the patch that the others are compared with; None: the one deepest in a lung.
@@ -52,7 +54,8 @@ def draw_monitor(
     patch = default_patch(hu, grid) if patch is None else checked_patch(patch, grid)
     scene = Scene(hu, whole_slice(hu, window, size), middle_window(window), grid, title)
     slices = sample or [hu]
-    seen, body = see(backbone, scene.image, device), body_patches(hu, grid)
+    seen = see(backbone, scene.image, device, amp=amp)
+    body = body_patches(hu, grid)
     colours, explained = principal_colours(seen.tokens, body)
     cosines = cosine_to(seen.tokens, patch)
     stats = statistics(seen, body) | {
