@@ -3,7 +3,7 @@
 Bytes are those of the tensors that live at the same moment; the allocator's fragments, the libraries' workspaces and a
 card's context (about half a GB) come on top. Attention is the fused one, whose memory does not grow with the square of
 the tokens. What a block keeps is counted as in Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, for this block
-(`dinoct.models.block`): float32 residual stream, no dropout, nothing for LayerScale; recomputation as in section 5
+(`dinoct.models.block`): float32 residual stream, no dropout, LayerScale in the weights; recomputation as in section 5
 there. Against a trace of all tensors of a step, in tests/test_memory.py, the estimate is within 10 %.
 """
 
@@ -69,16 +69,19 @@ def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
     n_local = batch * cfg.aug.local_crops * token_count(model, local_px(cfg))
     stream = FLOAT * model.dim  # of a token
     whole = block_bytes(model, amp=amp)
-    kept, again = {
-        False: (whole, 0.0),
-        SELECTIVE: (block_bytes(model, amp=amp, selective=True), _cheap_bytes(model, amp=amp)),
-        True: (stream, whole - stream),
+    kept, again, projections = {
+        False: (whole, 0.0, 1 + model.mlp_ratio),
+        SELECTIVE: (block_bytes(model, amp=amp, selective=True), _cheap_bytes(model, amp=amp), 1),
+        True: (stream, whole - stream, 0),
     }[cfg.train.grad_checkpoint]
+    # LayerScale times the weights of a projection: kept by each pass of the student, and not among autocast's copies.
+    scaled = _number(amp) * model.depth * model.dim**2 if model.layer_scale is not None else 0.0
+    passes = 2 if n_local else 1
     hidden = _number(amp) * model.dim * model.mlp_ratio
     # Autocast's copies of the weights: until the forward pass ends, longer where the backward pass takes them from it.
-    copies = _number(amp) * parameters if amp else 0
+    copies = _number(amp) * parameters - scaled * (1 + model.mlp_ratio) if amp else 0
     later = 0 if cfg.train.grad_checkpoint else copies
-    blocks = kept * (model.depth * n_global + (model.depth - 1) * n_local)
+    blocks = kept * (model.depth * n_global + (model.depth - 1) * n_local) + scaled * projections * passes
     # Local crops' last block has one query: keys, values, their norm's input and output.
     last = n_local * (stream if cfg.train.grad_checkpoint is True else stream + 3 * _number(amp) * model.dim)
     ended = blocks + last + stream * n_global + _heads(cfg, batch, amp)  # with the last norm's input
@@ -91,7 +94,7 @@ def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
         later + ended + between + n_global * through - FLOAT * parameters,  # Gram's share: no gradient is there yet
         later + ended + in_backward,
         later + blocks + n_local * through,  # local crops came last and go first
-        later + model.depth * kept * n_global + n_global * through,
+        later + model.depth * kept * n_global + scaled * projections + n_global * through,
     )
     return _images(cfg, batch, amp) + max(moments)
 

@@ -118,8 +118,12 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
-    """Lines ``key: old -> new`` for the settings that differ, without those that are always fresh."""
-    old, new = flatten(dict(stored)), flatten(dict(cfg))
+    """Lines ``key: old -> new`` for the settings that differ, without those that are always fresh.
+
+    A setting that is younger than the checkpoint had its default then.
+    """
+    old = flatten(OmegaConf.structured(TrainConfig)) | flatten(dict(stored))
+    new = flatten(dict(cfg))
     keys = [key for key in new if key.split(".")[0] not in FRESH]
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in keys if old.get(key) != new[key]]
 

@@ -138,9 +138,6 @@ def _parts(plan: RunPlan, hardware: Hardware, parallel: Parallel | None = None) 
     model.parallel = parallel
     parallel.shard(model, amp=hardware.amp)
     model.to(hardware.device)
-    if cfg.train.compile:
-        for backbone in model.backbones:
-            backbone.compile_blocks()
     if parallel.rank:  # the same weights on every rank, but a drop path of its own
         torch.manual_seed(cfg.seed + RANK_SEEDS * parallel.rank)
     return _Parts(model, build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim), _horizon(plan), notes)
@@ -157,6 +154,9 @@ def _engine(
 ) -> Engine:
     """The engine that the config names, with the checkpoint's state in it."""
     cfg = plan.cfg
+    if cfg.train.compile:  # behind the trials of train.batch_size=auto, whose sizes would all be compiled
+        for backbone in parts.model.backbones:
+            backbone.compile_blocks()
     train_index, val_index, store, _ = data
     views = ViewMaker(cfg.aug, cfg.model, cfg.loss.ibot, gram_px=cfg.loss.gram.teacher_px)
     engine = build_engine(

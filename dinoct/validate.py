@@ -42,7 +42,7 @@ def validate(cfg: TrainConfig) -> None:
     _crops(cfg)
     _batch_size(cfg.train.batch_size)
     if cfg.train.grad_checkpoint not in (True, False, SELECTIVE):
-        raise ConfigError(f"train.grad_checkpoint must be true, false or selective, not {cfg.train.grad_checkpoint}")
+        raise ConfigError(f"train.grad_checkpoint must be true, false or selective, not {cfg.train.grad_checkpoint!r}")
     for key, value in (
         ("train.max_steps", cfg.train.max_steps),
         ("train.accumulation_steps", cfg.train.accumulation_steps),
@@ -213,7 +213,7 @@ def _parallel(cfg: TrainConfig) -> None:
     if name != "none" and cfg.train.batch_size == AUTO:
         raise ConfigError("train.batch_size=auto tries out one card: find the size with parallel=none, then give it")
     if name == "fsdp" and cfg.train.compile:
-        raise ConfigError("train.compile=true and parallel=fsdp do not go together: leave one out")
+        raise ConfigError("train.compile=true and parallel=fsdp do not go together: add train.compile=false")
 
 
 def _batch_size(value: int | str | None) -> None:

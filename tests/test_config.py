@@ -68,7 +68,7 @@ def test_parameter_counts(name, millions):
         (["model.heads=5"], "model.dim=1024 is not a multiple of model.heads=5"),
         (["train.batch_size=0"], "train.batch_size must be at least 1"),
         (["train.compile=true", "parallel=fsdp"], "train.compile=true and parallel=fsdp do not go together"),
-        (["train.grad_checkpoint=mlp"], "train.grad_checkpoint must be true, false or selective, not mlp"),
+        (["train.grad_checkpoint=mlp"], "train.grad_checkpoint must be true, false or selective, not 'mlp'"),
         (["aug.global_crops=1"], "aug.global_crops=1 leaves one view"),
         (["aug.global_scale=[0.9,0.1]"], "aug.global_scale must be two rising numbers"),
         (["aug.local_crops=2", "aug.local_size=100"], "aug.local_size=100 is not a multiple of model.patch=14"),

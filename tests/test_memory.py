@@ -53,6 +53,7 @@ def machine(cfg: TrainConfig, *, batch_size: int, amp: bool) -> Hardware:
         (["train.grad_checkpoint=true", "model.layer_scale=0.01"], True),
         (["train.grad_checkpoint=true", "aug=multicrop", "aug.local_size=48", "model.patch=16"], False),
         (["train.grad_checkpoint=selective", "model.layer_scale=0.01"], False),
+        (["model.layer_scale=0.01", "model.dim=256", "model.img_size=32", "aug=multicrop", "aug.local_size=16"], False),
         (["train.grad_checkpoint=selective", "aug=multicrop", "aug.local_size=48"], True),
         (["aug=multicrop", "aug.local_size=48", "loss.out_dim=8192", *IBOT], True),
         (["train.grad_checkpoint=true", "loss.gram.teacher=lagged", "loss.gram.teacher_px=192"], True),

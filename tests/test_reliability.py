@@ -507,11 +507,12 @@ def test_a_compiled_run_is_the_plain_run(phantom_root, workplace, kind):
     """The same losses, and a checkpoint that goes on without it."""
     settings = ["train.max_steps=6", "aug=multicrop", "model.drop_path=0.1", "model.layer_scale=0.1", "ckpt.every=3"]
     for name, compiled in (("plain", "false"), ("compiled", "true")):
-        more = [f"train.compile={compiled}", f"train.grad_checkpoint={kind}"]
+        more = [f"train.compile={compiled}", f"train.grad_checkpoint={kind}", "monitor.every=3"]
         assert train(phantom_root, workplace / name, *settings, *more) == 0
     for a, b in zip(metrics(workplace / "plain"), metrics(workplace / "compiled"), strict=True):
         for loss in ("loss/dino", "loss/koleo", "loss/gram"):
             assert a[loss] == pytest.approx(b[loss], rel=1e-4, abs=1e-6), (a["step"], loss)
+    assert (workplace / "compiled" / "monitor" / "step_00000003" / "attention.png").is_file()
     middle = workplace / "compiled" / "checkpoint_00000003.pth"
     assert run("train", f"resume={middle}", f"run_dir={workplace / 'on'}", "train.compile=false", *HERE) == 0
     assert metrics(workplace / "on")[-1]["loss/total"] == pytest.approx(

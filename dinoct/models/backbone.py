@@ -3,11 +3,9 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dinoct.config import ModelConfig
 from dinoct.models.block import Attention, Block, Mlp
-from dinoct.validate import SELECTIVE
 
 TOKEN_STD = 0.02  # a zero mask token with a small LayerScale gives gradients of order 1e3 at the start
 
@@ -62,9 +60,10 @@ class Backbone(nn.Module):
             masks = masks.view(tokens.shape[:3])
             tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))  # [B, 1 + registers + P, D]
+        recompute = self.grad_checkpoint if torch.is_grad_enabled() else False
         for block in vit.blocks[:-1]:
-            tokens = self._run(block, tokens)
-        tokens = self._run(vit.blocks[-1], tokens, class_only=class_only)
+            tokens = block(tokens, recompute=recompute)
+        tokens = vit.blocks[-1](tokens, recompute=recompute, class_only=class_only)
         tokens = vit.norm(tokens)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
 
@@ -73,19 +72,14 @@ class Backbone(nn.Module):
 
         Not of whole blocks: each has a drop path rate of its own, and would be compiled anew.
         """
+        import torch._dynamo.config
         import torch._functorch.config
 
         torch._functorch.config.donated_buffer = False  # the Gram term's share of the gradient goes back a second time
+        torch._dynamo.config.recompile_limit = 32  # all blocks share their code: crops, teachers, judging, pictures
         for block in self.vit.blocks:
             block.attn.compile()
             block.mlp.compile()
-
-    def _run(self, block: Block, tokens: Tensor, *, class_only: bool = False) -> Tensor:
-        if not self.grad_checkpoint or not torch.is_grad_enabled():
-            return block(tokens, class_only=class_only)
-        if self.grad_checkpoint == SELECTIVE:
-            return block(tokens, class_only=class_only, recompute=True)
-        return checkpoint(block, tokens, class_only=class_only, use_reentrant=False)
 
 
 def normalise(x: Tensor) -> Tensor:

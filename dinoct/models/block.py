@@ -2,7 +2,8 @@
 
 It computes what timm's own block computes. LayerScale's g is multiplied into the weights of the projection before it:
 so no branch's output is kept for the gradient of g, and a block that is computed again for its backward pass (Chen et
-al. 2016, arXiv:1604.06174) ends before its last matrix product.
+al. 2016, arXiv:1604.06174) ends before its last matrix product. Behind that stand drop path and the sum, which need no
+more than a number per slice.
 """
 
 from collections.abc import Callable
@@ -29,21 +30,29 @@ def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Block(timm_vit.Block):
     """timm's pre-norm block; `attn` and `mlp` take their norm and LayerScale along, which stay the block's own."""
 
-    def forward(self, x: Tensor, *, recompute: bool = False, class_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, recompute: bool | str = False, class_only: bool = False) -> Tensor:
         """One block.
 
         Args:
             x: tokens ``[B, N, D]``, the class token first.
-            recompute: whether the backward pass computes the norms, the MLP's first layer and its GELU again: 16 bytes
-                per token and dimension are kept instead of 36 (bf16), for a third of the block's matrix products.
+            recompute: what the backward pass computes again. ``"selective"``: the norms, the MLP's first layer and its
+                GELU; 16 bytes per token and dimension are kept instead of 36 (bf16), for a third of the block's matrix
+                products. True: all but the last product; 4 bytes are kept, for two thirds.
             class_only: whether nobody asks for more than the class token.
         Returns:
             ``[B, N, D]``, or ``[B, 1, D]`` where `class_only`.
         """
-        run = again if recompute else keep
+        if recompute is True:
+            x, branch = checkpoint(self._branches, x, keep, class_only, use_reentrant=False)
+        else:
+            x, branch = self._branches(x, again if recompute else keep, class_only)
+        return x + self.drop_path2(branch)
+
+    def _branches(self, x: Tensor, run: Run, class_only: bool) -> tuple[Tensor, Tensor]:
+        """The stream behind attention, and what the MLP adds to it."""
         branch = self.attn(x, self.norm1, getattr(self.ls1, "gamma", None), run=run, class_only=class_only)
         x = (x[:, :1] if class_only else x) + self.drop_path1(branch)
-        return x + self.drop_path2(self.mlp(x, self.norm2, getattr(self.ls2, "gamma", None), run=run))
+        return x, self.mlp(x, self.norm2, getattr(self.ls2, "gamma", None), run=run)
 
 
 class Attention(timm_vit.Attention):

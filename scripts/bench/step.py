@@ -3,6 +3,7 @@
     pip install lightly stable-pretraining        # beside dinoct; a peer that is not there is left out
     python scripts/bench/step.py [--threads 2] [--rounds 3] [--steps 5]
     python scripts/bench/step.py --grow          # dinoct alone, with more of one thing at a time
+    python scripts/bench/step.py --checkpointing # dinoct's ViT-S/16 at 224 px, as the presets have it
 
 ViT 192 wide, 12 blocks, 3 heads, patch 16; 8 slices of 2 views of 96 px and 6 of 48 px; a head of 2048, 2048, 256 and
 4096 prototypes; float32. A step is teacher and student forward, loss, backward, clipping, AdamW and the EMA, on views
@@ -45,10 +46,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="steps per round, after two that are not timed")
     parser.add_argument("--grow", action="store_true", help="how the cost grows with the work")
+    parser.add_argument("--checkpointing", action="store_true", help="what checkpointing and compiling cost or save")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.grow:
         grow(args.rounds, args.steps)
+        return
+    if args.checkpointing:
+        checkpointing(args.rounds, args.steps)
         return
     settings = compose_settings()
     entrants: dict[str, Step] = {"dinoct, Gram": dinoct_step(settings)}
@@ -95,6 +100,20 @@ def grow(rounds: int, steps: int) -> None:
         for name, seconds in best.items()
     ]
     print_table(["step", "best s", "x", "x by FLOPs"], rows)
+
+
+def checkpointing(rounds: int, steps: int) -> None:
+    """Print what a step of a preset costs that keeps less for its backward pass, in units of one that keeps all."""
+    entrants: dict[str, Step] = {}
+    for compiled in ("false", "true"):
+        for kind in ("false", "selective", "true"):
+            settings = [f"train.grad_checkpoint={kind}", f"train.compile={compiled}", "aug.local_crops=0"]
+            with initialize_config_module("dinoct.conf", version_base="1.3"):
+                cfg = to_object(compose("train", overrides=["model=vit-small", "hardware=cpu", *settings]))
+            entrants[" ".join(settings[:2])] = dinoct_step(cfg, pixels=cfg.model.img_size, local=0)
+    best = {name: min(found) for name, found in measure(entrants, rounds, steps).items()}
+    plain = next(iter(best.values()))
+    print_table(["step", "best s", "x"], [[k, f"{s:.3f}", f"{s / plain:.2f}"] for k, s in best.items()])
 
 
 def dinoct_flops(settings: TrainConfig, *, pixels: int, local: int, batch: int) -> float:
@@ -148,6 +167,8 @@ def dinoct_step(settings: TrainConfig, **sizes: int) -> Step:
 
     torch.manual_seed(0)
     model = SelfDistillation(settings.model, settings.loss, grad_checkpoint=settings.train.grad_checkpoint)
+    for backbone in model.backbones if settings.train.compile else ():
+        backbone.compile_blocks()
     optimizer = build_optimizer(model.student, depth=settings.model.depth, cfg=settings.optim)
     plan = Schedules(settings.optim, settings.loss.dino, horizon=1000)
     apply_schedule(optimizer, lr=settings.optim.lr, weight_decay=settings.optim.weight_decay, frozen=False)
