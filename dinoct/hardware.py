@@ -68,12 +68,13 @@ def detect_platform() -> str:
     return "cpu"
 
 
-def settle_kernels() -> None:
-    """Leave nothing of a step to a container's settings or to chance.
+def settle(hardware: Hardware) -> None:
+    """Set this process up for the hardware: threads, and what else would be left to a container's settings.
 
     float32 products are float32: some images switch them to TF32. cuDNN's attention, which torch prefers on Hopper, is
     left out: reports of NaN in its backward pass are open (NVIDIA/cudnn-frontend issue 1072), and flash is there.
     """
+    torch.set_num_threads(hardware.threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_cudnn_sdp(False)
 

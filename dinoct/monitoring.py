@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import Checkpoint
@@ -17,7 +16,7 @@ from dinoct.data.store import SliceStore
 from dinoct.data.views import ViewMaker
 from dinoct.errors import ConfigError
 from dinoct.evals.report import data_of
-from dinoct.hardware import resolve
+from dinoct.hardware import resolve, settle
 from dinoct.models.load import load_backbone, model_config
 from dinoct.viz import PICTURES, draw_monitor, draw_views, first_views, sample_slices, views_title
 
@@ -34,7 +33,7 @@ def monitor_checkpoint(cfg: MonitorConfig) -> dict[str, Any]:
     """
     checkpoint = checkpoints.load(cfg.checkpoint, lazily=True)
     hardware = resolve(cfg.hardware)
-    torch.set_num_threads(hardware.threads)
+    settle(hardware)
     train, val, store, _ = open_split(data_of(cfg.data, checkpoint))
     i = _chosen(val, cfg.slice_id)
     out = Path(cfg.out) if cfg.out else checkpoint.path.parent / "monitor" / f"step_{checkpoint.step:08d}"

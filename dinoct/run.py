@@ -23,7 +23,7 @@ from dinoct.data.views import ViewMaker
 from dinoct.engine import Engine
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.faults import explain, is_out_of_memory
-from dinoct.hardware import Hardware, keep_effective_batch, resolve, settle_kernels
+from dinoct.hardware import Hardware, keep_effective_batch, resolve, settle
 from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import SelfDistillation
@@ -55,8 +55,7 @@ def execute(plan: RunPlan, parallel: Parallel | None = None) -> Outcome:
         effective = before["batch_size"] * before["accumulation_steps"] * before.get("processes", 1)
         hardware = keep_effective_batch(hardware, effective)
     data = open_split(plan.cfg.data)  # what is wrong with the data is said before a folder is made
-    torch.set_num_threads(hardware.threads)
-    settle_kernels()
+    settle(hardware)
     torch.manual_seed(plan.cfg.seed)
     if plan.cfg.replay:
         return _replay(plan, hardware, data)

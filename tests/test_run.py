@@ -27,6 +27,15 @@ def assert_same_weights(a, b):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_container_does_not_decide_how_a_run_computes(phantom_root, workplace):
+    """Images with TF32 switched on, and cuDNN's attention, change what a step computes without a word."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert train(phantom_root, workplace / "run", "train.max_steps=1", "monitor.every=null") == 0
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_run_leaves_what_the_contract_says(phantom_root, workplace):
     folder = workplace / "run"
     overrides = [

@@ -13,7 +13,7 @@ from dinoct.checkup.findings import FAIL, OK, WARN, Finding
 from dinoct.checkup.machine import size_text
 from dinoct.config import HardwareConfig
 from dinoct.errors import ConfigError
-from dinoct.hardware import Hardware, attention_backend, resolve
+from dinoct.hardware import Hardware, attention_backend, resolve, settle
 from dinoct.provenance import driver_version
 
 NOT_RUN = "not run: no ROCm card was there to try it on"
@@ -70,6 +70,7 @@ def attention(found: Hardware) -> Finding:
         hint = rocm_attention(amp=found.amp)
         if hint.level != OK:
             return hint
+    settle(found)  # as a run does
     dtype = torch.bfloat16 if found.amp else torch.float32
     kernel = attention_kernel(found.device, dtype)
     text = f"{kernel} kernel for {str(dtype).removeprefix('torch.')}, tried out on the {found.platform}"

@@ -29,7 +29,7 @@ from dinoct.data.store import SliceStore
 from dinoct.delivery.encoder import Encoder, load_encoder
 from dinoct.delivery.feature_table import FeatureTable, check_output, write_features
 from dinoct.errors import ConfigError
-from dinoct.hardware import Hardware, resolve
+from dinoct.hardware import Hardware, resolve, settle
 
 LINE_EVERY_S = 10.0
 Tell = Callable[[str, int, int], None]  # stage, done, total
@@ -45,7 +45,7 @@ def embed_slices(cfg: EmbedConfig) -> Path:
     sources = find_sources(cfg)
     hardware = resolve(cfg.hardware)
     encoder = load_encoder(cfg.checkpoint)
-    torch.set_num_threads(hardware.threads)
+    settle(hardware)
     started = time.monotonic()
     with ended_by_signals(), prepared(cfg, sources) as root, display() as tell:
         index, store = SliceIndex.load(root / "_index" / "index.csv"), SliceStore(root / "store")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ from dinoct.errors import ConfigError
 from dinoct.evals.judge import ProbeData, judge
 from dinoct.evals.picture import draw_curve, draw_summary
 from dinoct.evals.table import print_report
-from dinoct.hardware import Hardware, resolve
+from dinoct.hardware import Hardware, resolve, settle
 from dinoct.models.load import load_backbone, model_config
 from dinoct.provenance import data_manifest_hash
 from dinoct.shards import is_sharded
@@ -47,7 +46,7 @@ def evaluate(cfg: EvalConfig) -> int:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
     paths = find_checkpoints(cfg.checkpoint)
     hardware = resolve(cfg.hardware)
-    torch.set_num_threads(hardware.threads)
+    settle(hardware)
     reports = [_evaluate_one(path, cfg, hardware) for path in paths]
     reports.sort(key=lambda report: report["step"])
     if len(reports) > 1:
