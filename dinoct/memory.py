@@ -9,12 +9,14 @@ there. Against a trace of all tensors of a step, in tests/test_memory.py, the es
 
 from dataclasses import dataclass, replace
 
+from dinoct.checkup.machine import card_room
 from dinoct.config import ModelConfig, TrainConfig
 from dinoct.flops import local_px, masked_patches, token_count
 from dinoct.hardware import Hardware
 from dinoct.validate import SELECTIVE
 
 STATE_BYTES = 20  # per weight: student, teacher, gradient and two Adam moments, float32
+KEEP_FREE = 0.08  # of a card: for the allocator's fragments, and for what else wakes up in a long run
 FLOAT = 4  # bytes: the residual stream, the norms' statistics and the losses, also under autocast
 
 
@@ -143,22 +145,29 @@ def _number(amp: bool) -> int:
 
 
 def advice(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
-    """What to say when memory is out: what a step needs, and the settings to change."""
+    """What to say when memory is out: what a step needs, and the settings to change (see `remedies`)."""
     now = estimate(cfg, hardware, parameters=parameters)
     options = remedies(cfg, hardware, parameters=parameters)
     return f"out of memory; a step needs about {_gb(now.total)} GB by estimate. Try {options}"
 
 
 def remedies(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
-    """Up to three settings that need less memory, each with what it would give."""
+    """Up to three settings that need less memory, each with what it would give.
+
+    On a card the first is the largest half, quarter, ... of the batch that fits it by estimate, where one does.
+    """
     now = estimate(cfg, hardware, parameters=parameters)
+    room = None if hardware.platform == "cpu" else card_room() * (1 - KEEP_FREE)
     options = []
     if hardware.batch_size > 1:
-        half = hardware.batch_size // 2
-        smaller = estimate(cfg, replace(hardware, batch_size=half), parameters=parameters)
+        smaller = [replace(hardware, batch_size=hardware.batch_size >> i) for i in range(1, 32)]
+        found = [(h, estimate(cfg, h, parameters=parameters).total) for h in smaller if h.batch_size]
+        fitting = [(h, total) for h, total in found if room is not None and total <= room]
+        less, total = (fitting or found)[0]
+        accumulation = hardware.accumulation_steps * hardware.batch_size // less.batch_size
         options.append(
-            f"train.batch_size={half} train.accumulation_steps={hardware.accumulation_steps * 2} "
-            f"(the same effective batch, about {_gb(now.total - smaller.total)} GB less)"
+            f"train.batch_size={less.batch_size} train.accumulation_steps={accumulation} "
+            f"(the same effective batch, about {_gb(now.total - total)} GB less)"
         )
     if cfg.train.grad_checkpoint is not True:
         found = {}

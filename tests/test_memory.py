@@ -92,6 +92,20 @@ def test_what_a_block_keeps_for_its_backward_pass(amp):
     assert size == pytest.approx(tokens.shape[0] * tokens.shape[1] * block_bytes(cfg.model, amp=amp), rel=0.02)
 
 
+def test_on_a_card_the_first_remedy_is_a_batch_that_fits(monkeypatch):
+    giant = settings("model=vit-giant", "train.grad_checkpoint=true", base=["hardware=cpu"])
+    hardware = replace(machine(giant, batch_size=64, amp=True), platform="cuda", accumulation_steps=4)
+    parameters = student_parameters(giant)
+    monkeypatch.setattr("dinoct.memory.card_room", lambda: 24 * 2**30)  # an RTX 4090
+    said = remedies(giant, hardware, parameters=parameters)
+    batch, accumulation = map(int, re.search(r"train\.batch_size=(\d+) train\.accumulation_steps=(\d+)", said).groups())
+    assert batch * accumulation == 256
+    total = [estimate(giant, replace(hardware, batch_size=n), parameters=parameters).total for n in (batch, 2 * batch)]
+    assert total[0] <= 0.92 * 24 * 2**30 < total[1]
+    monkeypatch.setattr("dinoct.memory.card_room", lambda: 16 * 2**30)  # nothing fits: the half, as elsewhere
+    assert "train.batch_size=32 train.accumulation_steps=8" in remedies(giant, hardware, parameters=parameters)
+
+
 def test_remedies_save_something():
     large = settings("model=vit-large", "hardware=cpu", base=[])
     said = remedies(large, machine(large, batch_size=64, amp=False), parameters=311_800_000)

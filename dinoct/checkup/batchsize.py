@@ -13,7 +13,7 @@ from dinoct.data.views import ViewMaker
 from dinoct.errors import DinoctError
 from dinoct.faults import is_out_of_memory
 from dinoct.hardware import EFFECTIVE_BATCH, Hardware
-from dinoct.memory import remedies
+from dinoct.memory import KEEP_FREE, remedies
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.plan import RunPlan
@@ -21,7 +21,6 @@ from dinoct.rng import restore_rng, rng_state
 from dinoct.validate import AUTO
 
 STEP = 8  # batches are multiples of it
-KEEP_FREE = 0.08  # of the card: for the allocator's fragments, and for what else wakes up in a long run
 TOLERANCE = 1 / 16  # of the effective batch, for the sake of fewer micro-batches
 
 

@@ -64,6 +64,11 @@ def card_memory() -> Space:
     return Space(free, total)
 
 
+def card_room() -> int:
+    """Bytes of the card that this process may have in all, those that it has included."""
+    return card_memory().free + torch.cuda.memory_allocated()
+
+
 def usable_cores() -> float:
     """Cores that this process may use: fewer than the machine has under taskset, Slurm or a container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
