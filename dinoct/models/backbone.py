@@ -3,6 +3,7 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dinoct.config import ModelConfig
 from dinoct.models.block import Attention, Block, Mlp
@@ -55,7 +56,7 @@ class Backbone(nn.Module):
             after the final norm.
         """
         vit = self.vit
-        tokens = vit.patch_embed(normalise(x))  # [B, h, w, D]
+        tokens = self._embed(normalise(x))  # [B, h, w, D]
         if masks is not None:
             masks = masks.view(tokens.shape[:3])
             tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
@@ -66,6 +67,20 @@ class Backbone(nn.Module):
         tokens = vit.blocks[-1](tokens, recompute=recompute, class_only=class_only)
         tokens = vit.norm(tokens)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """timm's patch embedding as the matrix product that it is: no convolution library looks for a kernel.
+
+        Args:
+            x: ``[B, 1, H, W]``.
+        Returns:
+            ``[B, H / patch, W / patch, D]``.
+        """
+        projection, side = self.vit.patch_embed.proj, self.patch
+        patches = (
+            x.squeeze(1).unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+        )  # [B, h, w, side, side]
+        return F.linear(patches.flatten(3), projection.weight.flatten(1), projection.bias)
 
     def compile_blocks(self) -> None:
         """Have torch.compile make kernels of attention and MLP when they first run; weights and their names stay.
