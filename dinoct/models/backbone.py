@@ -77,10 +77,8 @@ class Backbone(nn.Module):
             ``[B, H / patch, W / patch, D]``.
         """
         projection, side = self.vit.patch_embed.proj, self.patch
-        patches = (
-            x.squeeze(1).unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-        )  # [B, h, w, side, side]
-        return F.linear(patches.flatten(3), projection.weight.flatten(1), projection.bias)
+        patches = x.squeeze(1).unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [B, h, side, w, side]
+        return F.linear(patches.transpose(2, 3).flatten(3), projection.weight.flatten(1), projection.bias)
 
     def compile_blocks(self) -> None:
         """Have torch.compile make kernels of attention and MLP when they first run; weights and their names stay.
