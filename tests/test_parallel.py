@@ -108,16 +108,20 @@ def test_two_ranks_train_as_one_process_and_hand_over(phantom_root, workplace, a
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["true", "selective"])
-def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, workplace, kind):
-    """As ViT-g trains: weights are gathered in bf16, blocks computed again. The order of sums is all that differs."""
-    settings = [*EVERY_TERM, "train.amp=true", f"train.grad_checkpoint={kind}", "train.max_steps=4"]
+@pytest.mark.parametrize(
+    ("kind", "layer_scale", "tolerance"), [("true", "null", 2e-3), ("selective", "null", 2e-3), ("true", "0.1", 1e-2)]
+)
+def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, workplace, kind, layer_scale, tolerance):
+    """As ViT-g trains: weights are gathered in bf16, blocks computed again. The order of sums is all that differs; with
+    LayerScale, which one process multiplies into float32 weights, the rounding of a projection's weights too."""
+    settings = [*EVERY_TERM, f"model.layer_scale={layer_scale}", "train.amp=true", f"train.grad_checkpoint={kind}"]
+    settings += ["train.max_steps=4"]
     train(phantom_root, workplace / "one", *settings, "train.batch_size=8")
     train(phantom_root, workplace / "two", *settings, *ranks("fsdp", 4), "monitor.every=2")
     assert (workplace / "two" / "monitor" / "step_00000002" / "heatmap.png").is_file()
     for a, b in zip(metrics(workplace / "one"), metrics(workplace / "two"), strict=True):
         for name in ("loss/dino", "loss/ibot", "loss/koleo", "loss/gram"):
-            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["step"], name)
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-4), (a["step"], name)
         assert a["Train/gradient_norm"] == pytest.approx(b["Train/gradient_norm"], rel=2e-2)
 
 
