@@ -17,98 +17,81 @@ from pathlib import Path
 
 OUT = Path("outputs/bench/gpu")
 QUIET = ["tracker.wandb=disabled", "tracker.tensorboard=false", "monitor.every=null", "ckpt.every=100000"]
-LARGE = ["model=vit-large", "train.batch_size=64", "train.accumulation_steps=1"]
+ONE = "train.accumulation_steps=1"
+LARGE = ["model=vit-large", "train.batch_size=64", ONE]
+WORK = {
+    "ViT-L/14, 2x224, batch 64": LARGE,
+    "ViT-L/14, 2x224 + 8x98, batch 64": [*LARGE, "aug=multicrop"],
+    "ViT-L/16, 2x512, batch 16": [
+        "model=vit-large",
+        "model.patch=16",
+        "model.img_size=512",
+        "train.batch_size=16",
+        ONE,
+    ],
+    "ViT-g/14, 2x224, batch 128": ["model=vit-giant", "train.batch_size=128", ONE],
+    "ViT-g/14, 2x224, batch 64": ["model=vit-giant", "train.batch_size=64", ONE],
+}
+PLAIN, MULTICROP, FINE, GIANT, GIANT_64 = WORK
+WAYS = {
+    "all kept": ["train.grad_checkpoint=false"],
+    "selective": ["train.grad_checkpoint=selective"],
+    "checkpointed": ["train.grad_checkpoint=true"],
+    "compiled": ["train.compile=true"],
+    "FSDP2 on one card": ["parallel=fsdp", "parallel.processes=1"],
+}
+
+
+def rows(work: str, *ways: str) -> list[tuple[str, list[str]]]:
+    """Name and settings of runs of the same work."""
+    found = []
+    for way in ways:
+        found.append((f"{work}, {way}", WORK[work] + [item for name in way.split(", ") for item in WAYS[name]]))
+    return found
+
+
 PARTS: dict[int, list[tuple[str, list[str]]]] = {
     1: [
-        ("ViT-L/14, 2x224, batch 64", LARGE),
-        ("ViT-L/14, 2x224, batch 64, selectively checkpointed", [*LARGE, "train.grad_checkpoint=selective"]),
-        ("ViT-L/14, 2x224, batch 64, checkpointed", [*LARGE, "train.grad_checkpoint=true"]),
-        ("ViT-L/14, 2x224 + 8x98, batch 64", [*LARGE, "aug=multicrop"]),
-        ("ViT-L/14, 2x224 + 8x98, batch 64, checkpointed", [*LARGE, "aug=multicrop", "train.grad_checkpoint=true"]),
+        *rows(PLAIN, "all kept", "selective", "checkpointed"),
+        *rows(MULTICROP, "all kept", "selective", "checkpointed"),
     ],
-    2: [
-        (
-            "ViT-g/14, 2x224, batch 128, checkpointed",
-            ["model=vit-giant", "train.batch_size=128", "train.accumulation_steps=1", "train.grad_checkpoint=true"],
-        ),
-        (
-            "ViT-L/16, 2x512, batch 16",
-            [
-                "model=vit-large",
-                "model.patch=16",
-                "model.img_size=512",
-                "train.batch_size=16",
-                "train.accumulation_steps=1",
-            ],
-        ),
+    2: [*rows(GIANT, "checkpointed", "selective"), *rows(FINE, "all kept", "selective", "checkpointed")],
+    3: [
+        *rows(MULTICROP, "all kept, compiled", "selective, compiled", "checkpointed, compiled"),
+        *rows(PLAIN, "all kept, compiled", "selective, compiled"),
     ],
-    3: [("phase5a", ["experiment=phase5a"])],
-    4: [
-        (
-            "ViT-g/14, 2x224, batch 64, checkpointed, FSDP2 on one card",
-            [
-                "model=vit-giant",
-                "train.batch_size=64",
-                "train.accumulation_steps=1",
-                "train.grad_checkpoint=true",
-                "parallel=fsdp",
-                "parallel.processes=1",
-            ],
-        ),
-        (
-            "ViT-g/14, 2x224, batch 64, checkpointed, one process without it",
-            ["model=vit-giant", "train.batch_size=64", "train.accumulation_steps=1", "train.grad_checkpoint=true"],
-        ),
-    ],
-    5: [
-        ("ViT-L/14, 2x224, batch 64, compiled", [*LARGE, "train.compile=true"]),
-        (
-            "ViT-L/14, 2x224, batch 64, selectively checkpointed, compiled",
-            [*LARGE, "train.grad_checkpoint=selective", "train.compile=true"],
-        ),
-        (
-            "ViT-L/14, 2x224, batch 64, checkpointed, compiled",
-            [*LARGE, "train.grad_checkpoint=true", "train.compile=true"],
-        ),
-        (
-            "ViT-L/14, 2x224 + 8x98, batch 64, selectively checkpointed, compiled",
-            [*LARGE, "aug=multicrop", "train.grad_checkpoint=selective", "train.compile=true"],
-        ),
-    ],
+    4: [("phase5a", ["experiment=phase5a"])],
+    5: [*rows(GIANT, "checkpointed, compiled"), *rows(FINE, "all kept, compiled", "checkpointed, compiled")],
+    6: rows(GIANT_64, "checkpointed", "checkpointed, FSDP2 on one card"),
 }
+TAKEN_APART = {1: MULTICROP, 2: FINE}  # by part: the work whose updates are taken apart at its end
+FAILED = "failed, see above"
 SMOKE = ["experiment=demo", "train.batch_size=8", "hardware=cpu", "hardware.num_workers=1"]
 
 
-def call(*command: str) -> float:
-    """Run a command to its end; returns seconds. Exit status 2 is an evaluation that failed, and a result too."""
+def call(*command: str) -> tuple[int, float]:
+    """Run a command to its end; its exit status, and seconds."""
     print("$", *command, flush=True)
     start = time.perf_counter()
-    status = subprocess.run(command).returncode
-    if status not in (0, 2):
-        sys.exit(f"{command[0]} ended with {status}")
-    return time.perf_counter() - start
+    return subprocess.run(command).returncode, time.perf_counter() - start
 
 
-def train(name: str, overrides: list[str], data: Path, *, steps: int | None) -> tuple[Path, dict, float]:
-    """One run; its folder, its last record, and its seconds."""
+def train(name: str, overrides: list[str], data: Path, *, steps: int | None) -> tuple[Path, str]:
+    """One run; its folder, and its row of the table."""
     folder = OUT / "".join(c if c.isalnum() else "_" for c in name)
     shutil.rmtree(folder, ignore_errors=True)
-    limit = (
-        []
-        if steps is None
-        else [f"train.max_steps={steps}", "optim.horizon=1000", f"tracker.every={max(steps // 3, 1)}"]
-    )
-    seconds = call("dinoct-train", *overrides, f"data.root={data}", f"run_dir={folder}", *QUIET, *limit)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    limit = []
+    if steps is not None:
+        limit = [f"train.max_steps={steps}", "optim.horizon=1000", f"tracker.every={max(steps // 3, 1)}"]
+    status, seconds = call("dinoct-train", *overrides, f"data.root={data}", f"run_dir={folder}", *QUIET, *limit)
     for path in folder.glob("*.pth"):
         if steps is not None:
-            path.unlink()  # 5 to 16 GB each
-    return folder, last, seconds
-
-
-def row(name: str, last: dict, seconds: float) -> str:
+            path.unlink()  # 6 to 20 GB each
+    if status:  # out of memory is a result, too; the line above says so
+        return folder, f"| {name} | {FAILED} | - | - | - | - | {seconds:.0f} |"
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     memory, used = last.get("Train/peak_memory_gb"), last.get("Train/utilisation")
-    return (
+    return folder, (
         f"| {name} | {last['Train/samples_per_s']:.1f} | {'-' if used is None else f'{100 * used:.0f} %'} | "
         f"{'-' if memory is None else f'{memory:.1f}'} | "
         f"{100 * last['Train/data_wait_share']:.1f} % | {last['loss/total']:.4f} | {seconds:.0f} |"
@@ -121,29 +104,36 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="updates per row")
     parser.add_argument("--smoke", action="store_true", help="tiny and on the CPU")
     typed = parser.parse_args()
+    steps = 6 if typed.smoke else typed.steps
     data = OUT / "data"
     sizes = ["phantom.patients=6", "phantom.slices=8", "phantom.size=96"] if typed.smoke else ["phantom.patients=16"]
     if not (data / "_index" / "index.csv").exists():
-        call("dinoct-prepare", "source=phantom", f"data.root={data}", "split.val_fraction=0.25", *sizes)
+        status, _ = call("dinoct-prepare", "source=phantom", f"data.root={data}", "split.val_fraction=0.25", *sizes)
+        if status:
+            sys.exit("error: no data to train on")
     table = [
         "| what | slices/s | utilisation | peak GB | waiting for data | loss | s in all |",
         "|---|---|---|---|---|---|---|",
     ]
     for part in typed.part:
         for name, overrides in PARTS[part]:
-            whole = part == 3 and not typed.smoke
-            settings = SMOKE if typed.smoke else overrides
-            folder, last, seconds = train(
-                name, settings, data, steps=None if whole else 6 if typed.smoke else typed.steps
-            )
-            table.append(row(name, last, seconds))
-            if whole:
-                call("dinoct-eval", f"checkpoint={next(folder.glob('checkpoint_final_*.pth'))}")
+            whole = part == 4 and not typed.smoke
+            folder, row = train(name, SMOKE if typed.smoke else overrides, data, steps=None if whole else steps)
+            print(row, flush=True)
+            table.append(row)
+            for final in folder.glob("checkpoint_final_*.pth"):  # there is one where the run was whole
+                call("dinoct-eval", f"checkpoint={final}")
+        if part in TAKEN_APART:
+            script = str(Path(__file__).with_name("breakdown.py"))
+            settings = SMOKE if typed.smoke else WORK[TAKEN_APART[part]]
+            length = [] if typed.smoke else ["train.max_steps=25"]
+            call(sys.executable, script, "--kernels", "20", *settings, f"data.root={data}", *length)
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}\n")
     print("\n".join(table))
+    sys.exit(any(FAILED in row for row in table))
 
 
 if __name__ == "__main__":
