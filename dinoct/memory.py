@@ -52,10 +52,10 @@ def _backbone_weights(model: ModelConfig) -> float:
 def block_bytes(model: ModelConfig, *, amp: bool, selective: bool = False) -> float:
     """What one block keeps of a token for its backward pass.
 
-    The inputs of both norms, float32; in the type of the matrix products: query, key, value, and what attention gives;
-    and, where they are not computed again, the norms' outputs and the MLP before and behind its GELU.
+    In the type of the matrix products: the inputs of both norms, query, key, value, and what attention gives; and,
+    where they are not computed again, the norms' outputs and the MLP before and behind its GELU.
     """
-    kept = model.dim * (2 * FLOAT + 4 * _number(amp)) + FLOAT * model.heads  # with attention's log-sum-exp
+    kept = model.dim * 6 * _number(amp) + FLOAT * model.heads  # with attention's log-sum-exp
     return kept if selective else kept + _cheap_bytes(model, amp=amp)
 
 

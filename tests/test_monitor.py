@@ -79,7 +79,7 @@ def test_a_compiled_model_is_looked_into_too(backbone):
     """Compiled code goes by the hooks that see the queries and keys."""
     compiled = copy.deepcopy(backbone)
     for block in compiled.vit.blocks:
-        block.attn.compile(backend="eager")
+        block.compile(backend="eager")
     image = np.random.default_rng(0).random((32, 32), dtype=np.float32)
     with torch.inference_mode():
         compiled(torch.from_numpy(image)[None, None])

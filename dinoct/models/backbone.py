@@ -1,12 +1,14 @@
 """The encoder: timm's VisionTransformer with one input channel, a mask token, and checkpointed blocks."""
 
+from collections.abc import Sequence
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinoct.config import ModelConfig
-from dinoct.models.block import Attention, Block, Mlp
+from dinoct.models.block import Attention, Block, Mlp, drop_path_factors
 
 TOKEN_STD = 0.02  # a zero mask token with a small LayerScale gives gradients of order 1e3 at the start
 
@@ -31,7 +33,6 @@ class Backbone(nn.Module):
             mlp_ratio=cfg.mlp_ratio,
             reg_tokens=cfg.registers,
             init_values=cfg.layer_scale,
-            drop_path_rate=drop_path,
             dynamic_img_size=True,
             block_fn=Block,
             attn_layer=Attention,
@@ -43,6 +44,8 @@ class Backbone(nn.Module):
             nn.init.normal_(self.vit.reg_token, std=TOKEN_STD)
         self.patch, self.dim, self.depth = cfg.patch, cfg.dim, cfg.depth
         self.grad_checkpoint = grad_checkpoint
+        rates = torch.linspace(0.0, drop_path, cfg.depth) if drop_path else None
+        self.register_buffer("drop_path_rates", rates, persistent=False)
 
     def forward(self, x: Tensor, masks: Tensor | None = None, *, class_only: bool = False) -> tuple[Tensor, Tensor]:
         """Encode slices.
@@ -62,9 +65,10 @@ class Backbone(nn.Module):
             tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))  # [B, 1 + registers + P, D]
         recompute = self.grad_checkpoint if torch.is_grad_enabled() else False
-        for block in vit.blocks[:-1]:
-            tokens = block(tokens, recompute=recompute)
-        tokens = vit.blocks[-1](tokens, recompute=recompute, class_only=class_only)
+        factors = self._drop_path(len(tokens))
+        for block, drawn in zip(vit.blocks[:-1], factors, strict=False):
+            tokens = block(tokens, drawn, recompute=recompute)
+        tokens = vit.blocks[-1](tokens, factors[-1], recompute=recompute, class_only=class_only)
         tokens = vit.norm(tokens)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
 
@@ -80,19 +84,21 @@ class Backbone(nn.Module):
         patches = x.squeeze(1).unflatten(2, (-1, side)).unflatten(1, (-1, side))  # [B, h, side, w, side]
         return F.linear(patches.transpose(2, 3).flatten(3), projection.weight.flatten(1), projection.bias)
 
-    def compile_blocks(self) -> None:
-        """Have torch.compile make kernels of attention and MLP when they first run; weights and their names stay.
+    def _drop_path(self, batch: int) -> Sequence[Tensor | None]:
+        """The blocks' factors ``[2, batch]``; none of them where nothing is left out."""
+        if self.drop_path_rates is None or not self.training:
+            return [None] * self.depth
+        return drop_path_factors(self.drop_path_rates, batch)
 
-        Not of whole blocks: each has a drop path rate of its own, and would be compiled anew.
-        """
+    def compile_blocks(self) -> None:
+        """Have torch.compile make kernels of a block when it first runs, for all blocks; weights and their names stay."""
         import torch._dynamo.config
         import torch._functorch.config
 
         torch._functorch.config.donated_buffer = False  # the Gram term's share of the gradient goes back a second time
         torch._dynamo.config.recompile_limit = 32  # all blocks share their code: crops, teachers, judging, pictures
         for block in self.vit.blocks:
-            block.attn.compile()
-            block.mlp.compile()
+            block.compile(dynamic=False)  # crops have two sizes: each gets kernels of its own
 
 
 def normalise(x: Tensor) -> Tensor:

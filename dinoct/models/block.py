@@ -3,11 +3,13 @@
 It computes what timm's own block computes. LayerScale's g is multiplied into the weights of the projection before it:
 so no branch's output is kept for the gradient of g, and a block that is computed again for its backward pass (Chen et
 al. 2016, arXiv:1604.06174) ends before its last matrix product. Behind that stand drop path and the sum, which need no
-more than a number per slice.
+more than a number per slice. What is random in drop path is drawn outside: all blocks are one and the same program.
+Under autocast the norms read and write the type of the matrix products, and sum in float32; the stream is float32.
 """
 
 from collections.abc import Callable
 
+import torch
 from timm.layers import Mlp as TimmMlp
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
@@ -30,28 +32,38 @@ def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class Block(timm_vit.Block):
     """timm's pre-norm block; `attn` and `mlp` take their norm and LayerScale along, which stay the block's own."""
 
-    def forward(self, x: Tensor, *, recompute: bool | str = False, class_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        factors: Tensor | None = None,
+        *,
+        recompute: bool | str = False,
+        class_only: bool = False,
+    ) -> Tensor:
         """One block.
 
         Args:
             x: tokens ``[B, N, D]``, the class token first.
+            factors: ``[2, B]``, by which what attention and MLP add is multiplied (see `drop_path_factors`).
             recompute: what the backward pass computes again. ``"selective"``: the norms, the MLP's first layer and its
-                GELU; 16 bytes per token and dimension are kept instead of 36 (bf16), for a third of the block's matrix
+                GELU; 12 bytes per token and dimension are kept instead of 32 (bf16), for a third of the block's matrix
                 products. True: all but the last product; 4 bytes are kept, for two thirds.
             class_only: whether nobody asks for more than the class token.
         Returns:
             ``[B, N, D]``, or ``[B, 1, D]`` where `class_only`.
         """
         if recompute is True:
-            x, branch = checkpoint(self._branches, x, keep, class_only, use_reentrant=False)
+            x, branch = checkpoint(
+                self._branches, x, factors, keep, class_only, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            x, branch = self._branches(x, again if recompute else keep, class_only)
-        return x + self.drop_path2(branch)
+            x, branch = self._branches(x, factors, again if recompute else keep, class_only)
+        return add(x, branch, factors, 1)
 
-    def _branches(self, x: Tensor, run: Run, class_only: bool) -> tuple[Tensor, Tensor]:
+    def _branches(self, x: Tensor, factors: Tensor | None, run: Run, class_only: bool) -> tuple[Tensor, Tensor]:
         """The stream behind attention, and what the MLP adds to it."""
         branch = self.attn(x, self.norm1, getattr(self.ls1, "gamma", None), run=run, class_only=class_only)
-        x = (x[:, :1] if class_only else x) + self.drop_path1(branch)
+        x = add(x[:, :1] if class_only else x, branch, factors, 0)
         return x, self.mlp(x, self.norm2, getattr(self.ls2, "gamma", None), run=run)
 
 
@@ -59,10 +71,11 @@ class Attention(timm_vit.Attention):
     """Self-attention of normed tokens, with LayerScale in its projection."""
 
     def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, run: Run, class_only: bool) -> Tensor:
+        x = lowered(x)
         if class_only:
-            q, k, v = self._one_query(norm(x))
+            q, k, v = self._one_query(normed(norm, x))
         else:
-            q, k, v = self._heads(run(lambda x: self.qkv(norm(x)), x), 3)
+            q, k, v = self._heads(run(lambda x: self.qkv(normed(norm, x)), x), 3)
         x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # [B, heads, N, D / heads]
         return scaled(self.proj, x.transpose(1, 2).flatten(2), gamma)
 
@@ -82,7 +95,7 @@ class Mlp(TimmMlp):
     """Both layers on normed tokens, with LayerScale in the second."""
 
     def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, run: Run) -> Tensor:
-        return run(lambda x: scaled(self.fc2, self.act(self.fc1(norm(x))), gamma), x)
+        return run(lambda x: scaled(self.fc2, self.act(self.fc1(normed(norm, x))), gamma), lowered(x))
 
 
 def scaled(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -90,3 +103,34 @@ def scaled(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
     if gamma is None:
         return linear(x)
     return F.linear(x, linear.weight * gamma.unsqueeze(1), linear.bias * gamma)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """In the type that matrix products take under autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm in the type of `x`, its sums in float32; autocast would have it read, write and keep float32."""
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def add(x: Tensor, branch: Tensor, factors: Tensor | None, i: int) -> Tensor:
+    """``[B, N, D]`` and a branch of it, times row `i` of the factors ``[2, B]``."""
+    return x + (branch if factors is None else branch * factors[i].to(branch.dtype).view(-1, 1, 1))
+
+
+def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), per slice and branch.
+
+    Args:
+        rates: probability ``[depth]`` that a block's branch is left out.
+        batch: slices.
+    Returns:
+        ``[depth, 2, batch]``: 0, or 1 / (1 - rate).
+    """
+    keep = (1.0 - rates).view(-1, 1, 1).expand(-1, 2, batch)
+    return torch.bernoulli(keep) / keep

@@ -76,14 +76,15 @@ def class_attention(backbone: nn.Module) -> Iterator[Callable[[], np.ndarray]]:
         A function, to be called behind the forward pass: attention of the first image ``[heads, 1 + registers + P]``,
         where each head sums to 1; the class token itself stands first.
     """
-    attention = backbone.vit.blocks[-1].attn
+    block = backbone.vit.blocks[-1]
+    attention = block.attn
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         return lambda _module, _inputs, output: seen.__setitem__(name, output[0].detach().float())  # [heads, N, d]
 
     # they stand behind the split into heads, as nn.Identity where the model has no norm of queries and keys
-    compiled = attention._compiled_call_impl is not None
+    compiled = block._compiled_call_impl is not None
     hooks = [attention.q_norm.register_forward_hook(keep("q")), attention.k_norm.register_forward_hook(keep("k"))]
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():  # it would go by the hooks
