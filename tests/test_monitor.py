@@ -61,8 +61,8 @@ def draw(backbone, hu: np.ndarray, out: Path, **options) -> dict:
 def test_attention_is_that_of_timms_own_path(backbone):
     """A fused kernel shows no weights: what is computed again must be what timm's unfused path multiplies with."""
     image = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    block, normed, seen = backbone.vit.blocks[-1], [], []
-    hook = block.norm1.register_forward_hook(lambda _, __, output: normed.append(output))
+    block, tokens, seen = backbone.vit.blocks[-1], [], []
+    hook = block.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
     with class_attention(backbone) as attention, torch.inference_mode():
         backbone(image)
     hook.remove()
@@ -70,7 +70,7 @@ def test_attention_is_that_of_timms_own_path(backbone):
     plain.fused_attn = False
     plain.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.inference_mode():
-        Attention.forward(plain, normed[0])
+        Attention.forward(plain, block.norm1(tokens[0]))
     torch.testing.assert_close(torch.from_numpy(attention()), seen[0][0, :, 0], atol=1e-5, rtol=0)
     assert not block.attn.q_norm._forward_hooks  # nothing stays behind
 
