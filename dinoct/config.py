@@ -204,7 +204,7 @@ class StepsConfig:
     batch_size: int | str | None = None  # slices per forward; null: the hardware preset's; auto: what fits, by trial
     accumulation_steps: int | None = None  # null: what makes the effective batch 256
     grad_checkpoint: bool | str = False  # compute blocks again for their backward pass; selective: their cheap parts
-    compile: bool = False  # torch.compile of attention and MLP: compiles at the start
+    compile: bool = False  # torch.compile of the blocks: compiles at the start
     amp: bool | None = None  # bf16 autocast; null: where the device has bf16
 
 

@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         return drop_path_factors(self.drop_path_rates, batch)
 
     def compile_blocks(self) -> None:
-        """Have torch.compile make kernels of a block when it first runs, for all blocks; weights and their names stay."""
+        """Have torch.compile make kernels of a block when one first runs, for all of them; weights and names stay."""
         import torch._dynamo.config
         import torch._functorch.config
 

@@ -8,15 +8,19 @@ Under autocast the norms read and write the type of the matrix products, and sum
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from timm.layers import Mlp as TimmMlp
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # calls a function with a tensor
+
+SHORT = 64  # tokens
 
 
 def keep(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class Attention(timm_vit.Attention):
             q, k, v = self._one_query(normed(norm, x))
         else:
             q, k, v = self._heads(run(lambda x: self.qkv(normed(norm, x)), x), 3)
-        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # [B, heads, N, D / heads]
+        x = attend(self.q_norm(q), self.k_norm(k), v)  # [B, heads, N, D / heads]
         return scaled(self.proj, x.transpose(1, 2).flatten(2), gamma)
 
     def _one_query(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -116,6 +120,17 @@ def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention over ``[B, heads, N, d]``, by the kernel that is fastest for the length.
+
+    A local crop has some 50 tokens, of which flash attention makes blocks of 128: the memory-efficient kernel takes
+    half its time there (docs/performance.md).
+    """
+    short = q.is_cuda and torch.version.hip is None and k.shape[2] <= SHORT
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if short else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def add(x: Tensor, branch: Tensor, factors: Tensor | None, i: int) -> Tensor:
