@@ -1,16 +1,21 @@
 """Backbone, heads and the three networks: equal to timm, moved once per update, whole after loading."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 from timm.models.vision_transformer import VisionTransformer
+from torch._dynamo.testing import CompileCounter
 
 from dinoct.config import GramConfig, IbotConfig, LossConfig, ModelConfig, OptimConfig
 from dinoct.data.dataset import mask_fields
 from dinoct.errors import CheckpointError
 from dinoct.losses import resize_patches
 from dinoct.models.backbone import Backbone, normalise
+from dinoct.models.block import drop_path_factors
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.optim import build_optimizer, load_optimizer_state, optimizer_state, parameter_groups
@@ -84,6 +89,71 @@ def test_the_block_computes_what_timms_does(layer_scale):
     expected = dict(plain.named_parameters())
     for name, parameter in backbone.vit.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_norms_cost_no_accuracy():
+    """Features and gradients under autocast are as near to float64's as with timm's blocks, whose norms are float32."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(patch=16, dim=64, depth=6, heads=4, img_size=64, registers=2, layer_scale=0.1)
+    ours = Backbone(cfg)
+    timms = VisionTransformer(
+        img_size=64, patch_size=16, in_chans=1, num_classes=0, global_pool="", embed_dim=64, depth=6, num_heads=4,
+        reg_tokens=2, init_values=0.1, dynamic_img_size=True,
+    )  # fmt: skip
+    timms.load_state_dict(ours.vit.state_dict())
+    exact = copy.deepcopy(timms).double()
+    x, weights = torch.rand(8, 1, 64, 64), torch.randn(64)
+
+    def seen(model, features, dtype=torch.float32):
+        out = features(x.to(dtype))
+        (out.to(dtype) @ weights.to(dtype)).square().mean().backward()
+        grads = [p.grad.flatten() for n, p in model.named_parameters() if "mask_token" not in n and "cls" not in n]
+        return out.detach().double().flatten(), torch.cat(grads).double()
+
+    true = seen(exact, lambda x: exact.forward_features(normalise(x))[:, 3:], torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = seen(ours.vit, lambda x: ours(x)[1])
+        other = seen(timms, lambda x: timms.forward_features(normalise(x))[:, 3:])
+    for mine, theirs, reference in zip(own, other, true, strict=True):
+        error, usual = ((found - reference).norm() / reference.norm() for found in (mine, theirs))
+        assert 0 < error < 1.2 * usual
+        assert error < 0.02
+
+
+def test_drop_path_leaves_out_branches_and_keeps_their_mean():
+    torch.manual_seed(0)
+    rates = torch.tensor([0.0, 0.5, 0.2])
+    factors = drop_path_factors(rates, 4000)  # [3, 2, 4000]
+    assert torch.equal(factors[0], torch.ones(2, 4000))
+    torch.testing.assert_close((factors == 0).float().mean(dim=2), rates.view(3, 1).expand(3, 2), rtol=0, atol=0.03)
+    torch.testing.assert_close(factors.mean(dim=2), torch.ones(3, 2), rtol=0, atol=0.06)
+    assert (factors[1, 0] != factors[1, 1]).any()  # attention and MLP have draws of their own
+
+
+def test_a_slice_whose_branches_are_left_out_passes_the_block_as_it_is():
+    block = Backbone(replace(TINY, layer_scale=0.1)).vit.blocks[0]
+    x = torch.randn(3, 7, 32)
+    factors = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    for recompute in (False, "selective", True):
+        out = block(x, factors, recompute=recompute)
+        assert torch.equal(out[0], x[0])
+        torch.testing.assert_close(out[1], block(x)[1])
+        assert not torch.allclose(out[2], out[1])
+
+
+def test_all_blocks_are_compiled_as_one():
+    """Each block has its own drop path rate; compiled one by one, ViT-L would take minutes to start."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    backbone = Backbone(replace(TINY, depth=5, drop_path=0.3)).train()
+    with torch._dynamo.config.patch(), torch._functorch.config.patch():  # compile_blocks sets some: back behind it
+        backbone.compile_blocks(backend=counter)
+        for _ in range(2):
+            backbone(torch.rand(2, 1, 64, 64))[1].sum().backward()
+        assert counter.frame_count == 1
+        backbone(torch.rand(2, 1, 32, 32), class_only=True)[0].sum().backward()
+        assert counter.frame_count == 3  # another size, and its last block for the class token alone
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("kind", [False, "selective", True])

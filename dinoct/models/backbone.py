@@ -1,6 +1,6 @@
 """The encoder: timm's VisionTransformer with one input channel, a mask token, and checkpointed blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
             return [None] * self.depth
         return drop_path_factors(self.drop_path_rates, batch)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Have torch.compile make kernels of a block when one first runs, for all of them; weights and names stay."""
         import torch._dynamo.config
         import torch._functorch.config
@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         torch._functorch.config.donated_buffer = False  # the Gram term's share of the gradient goes back a second time
         torch._dynamo.config.recompile_limit = 32  # all blocks share their code: crops, teachers, judging, pictures
         for block in self.vit.blocks:
-            block.compile(dynamic=False)  # crops have two sizes: each gets kernels of its own
+            block.compile(backend=backend, dynamic=False)  # crops have two sizes: each gets kernels of its own
 
 
 def normalise(x: Tensor) -> Tensor:
