@@ -65,7 +65,7 @@ class Backbone(nn.Module):
             tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))  # [B, 1 + registers + P, D]
         recompute = self.grad_checkpoint if torch.is_grad_enabled() else False
-        factors = self._drop_path(len(tokens))
+        factors = self._drop_path(tokens.shape[0])
         for block, drawn in zip(vit.blocks[:-1], factors, strict=False):
             tokens = block(tokens, drawn, recompute=recompute)
         tokens = vit.blocks[-1](tokens, factors[-1], recompute=recompute, class_only=class_only)
