@@ -49,19 +49,19 @@ def _backbone_weights(model: ModelConfig) -> float:
     return model.depth * model.dim**2 * (4 + 2 * model.mlp_ratio)
 
 
-def block_bytes(model: ModelConfig, *, amp: bool, selective: bool = False) -> float:
-    """What one block keeps of a token for its backward pass.
+def block_bytes(model: ModelConfig, *, amp: bool, recompute: bool | str = False) -> float:
+    """What one block keeps of a token for its backward pass; `recompute` as in `dinoct.models.block`.
 
-    In the type of the matrix products: the inputs of both norms, query, key, value, and what attention gives; and,
-    where they are not computed again, the norms' outputs and the MLP before and behind its GELU.
+    In the type of the matrix products: the inputs of both norms; where they are not computed again, query, key, value,
+    and what attention gives; and where nothing is, the norms' outputs and the MLP before and behind its GELU.
     """
-    kept = model.dim * 6 * _number(amp) + FLOAT * model.heads  # with attention's log-sum-exp
-    return kept if selective else kept + _cheap_bytes(model, amp=amp)
-
-
-def _cheap_bytes(model: ModelConfig, *, amp: bool) -> float:
-    """What selective checkpointing computes again of a token: mean and deviation of both norms are in it."""
-    return model.dim * _number(amp) * (2 + 2 * model.mlp_ratio) + 4 * FLOAT
+    number = _number(amp) * model.dim
+    if recompute is True:
+        return 2 * number
+    kept = 6 * number + FLOAT * model.heads  # with attention's log-sum-exp
+    if recompute == SELECTIVE:
+        return kept
+    return kept + number * (2 + 2 * model.mlp_ratio) + 4 * FLOAT  # with mean and deviation of both norms
 
 
 def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
@@ -69,23 +69,21 @@ def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
     model, batch, amp = cfg.model, hardware.batch_size, hardware.amp
     n_global = batch * cfg.aug.global_crops * token_count(model, model.img_size)
     n_local = batch * cfg.aug.local_crops * token_count(model, local_px(cfg))
-    stream = FLOAT * model.dim  # of a token
-    whole = block_bytes(model, amp=amp)
-    kept, again, projections = {
-        False: (whole, 0.0, 1 + model.mlp_ratio),
-        SELECTIVE: (block_bytes(model, amp=amp, selective=True), _cheap_bytes(model, amp=amp), 1),
-        True: (stream, whole - stream, 0),
-    }[cfg.train.grad_checkpoint]
-    # LayerScale times the weights of a projection: kept by each pass of the student, and not among autocast's copies.
-    scaled = _number(amp) * model.depth * model.dim**2 if model.layer_scale is not None else 0.0
+    number, stream = _number(amp), FLOAT * model.dim  # bytes: one in a product, the stream of a token
+    kind = cfg.train.grad_checkpoint
+    kept = block_bytes(model, amp=amp, recompute=kind)
+    again = number * model.dim * (1 + 2 * model.mlp_ratio) if kind else 0.0  # the MLP: its norm, around its GELU
+    projections = 0 if kind is True else 1 if kind else 1 + model.mlp_ratio  # whose products with LayerScale are kept
+    # LayerScale times the weights of a projection, or uncached bf16 of them: each pass of the student has its own.
+    own = model.layer_scale is not None or (amp and kind)
+    scaled = number * model.depth * model.dim**2 if own else 0.0
     passes = 2 if n_local else 1
-    hidden = _number(amp) * model.dim * model.mlp_ratio
-    # Autocast's copies of the weights: until the forward pass ends, longer where the backward pass takes them from it.
-    copies = _number(amp) * parameters - scaled * (1 + model.mlp_ratio) if amp else 0
-    later = 0 if cfg.train.grad_checkpoint else copies
+    hidden = number * model.dim * model.mlp_ratio
+    # Autocast's copies of the weights, which the backward pass takes from the forward pass or makes again.
+    copies = number * parameters - scaled * (1 + model.mlp_ratio) if amp and not kind else 0
     blocks = kept * (model.depth * n_global + (model.depth - 1) * n_local) + scaled * projections * passes
-    # Local crops' last block has one query: keys, values, their norm's input and output.
-    last = n_local * (stream if cfg.train.grad_checkpoint is True else stream + 3 * _number(amp) * model.dim)
+    # Local crops' last block has one query: its norm's input, and, where kept, its output, keys and values.
+    last = n_local * number * model.dim * (1 if kind is True else 4)
     ended = blocks + last + stream * n_global + _heads(cfg, batch, amp)  # with the last norm's input
     in_forward, between, in_backward = _objective(cfg, batch)
     through = again + 2 * stream + hidden  # of a token, in one block's backward pass
@@ -93,10 +91,10 @@ def _highest(cfg: TrainConfig, hardware: Hardware, parameters: int) -> float:
     moments = (
         fine * (3 * stream + 2 * hidden) + n_global * stream,  # in the MLP of a block of the Gram teacher
         copies + ended + in_forward,
-        later + ended + between + n_global * through - FLOAT * parameters,  # Gram's share: no gradient is there yet
-        later + ended + in_backward,
-        later + blocks + n_local * through,  # local crops came last and go first
-        later + model.depth * kept * n_global + scaled * projections + n_global * through,
+        copies + ended + between + n_global * through - FLOAT * parameters,  # Gram's share: no gradient is there yet
+        copies + ended + in_backward,
+        copies + blocks + n_local * through,  # local crops came last and go first
+        copies + model.depth * kept * n_global + scaled * projections + n_global * through,
     )
     return _images(cfg, batch, amp) + max(moments)
 
@@ -116,6 +114,7 @@ def _objective(cfg: TrainConfig, batch: int) -> tuple[float, float, float]:
         between + tokens * features + scores * 2 * (student + masked),  # the teacher's patches; scores and products
     )
     backward = max(
+        tokens * (2 * features + 3 * similarities),  # as between the passes, and two gradients of the difference
         tokens * 6 * features,  # patches, these normalised, and four gradients on the way through the normalisation
         tokens * 2 * features + scores * (2 * max(student, masked) + 4 * loss.bottleneck_dim),
     )

@@ -73,8 +73,9 @@ def test_a_large_model_is_traced_without_its_memory():
     assert highest(cfg, hardware, fake=True) == highest(cfg, hardware)
 
 
+@pytest.mark.parametrize("kind", [False, "selective", True])
 @pytest.mark.parametrize("amp", [False, True])
-def test_what_a_block_keeps_for_its_backward_pass(amp):
+def test_what_a_block_keeps_for_its_backward_pass(amp, kind):
     cfg = settings("model.layer_scale=0.01")
     hardware, vit = machine(cfg, batch_size=2, amp=amp), SelfDistillation(cfg.model, cfg.loss).student.backbone.vit
     weights = {parameter.untyped_storage()._cdata for parameter in vit.parameters()}
@@ -86,10 +87,23 @@ def test_what_a_block_keeps_for_its_backward_pass(amp):
 
     tokens = torch.randn(2, token_count(cfg.model, 96), cfg.model.dim, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), hardware.autocast():
-        vit.blocks[0](tokens)
+        vit.blocks[0](tokens, recompute=kind)
     copies = {tuple(p.shape[::-1]) for p in vit.parameters() if p.ndim == 2} | {p.shape for p in vit.parameters()}
     size = sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in weights and t.shape not in copies)
-    assert size == pytest.approx(tokens.shape[0] * tokens.shape[1] * block_bytes(cfg.model, amp=amp), rel=0.02)
+    kept = block_bytes(cfg.model, amp=amp, recompute=kind)
+    assert size == pytest.approx(tokens.shape[0] * tokens.shape[1] * kept, rel=0.02)
+
+
+def test_no_copies_of_weights_are_held_where_the_backward_pass_makes_its_own():
+    """A model as wide as it has tokens: autocast's bf16 weights would be most of what a micro-batch takes."""
+    cfg = settings("train.grad_checkpoint=true", "model.dim=512", "model.img_size=32", "loss.out_dim=64")
+    hardware = machine(cfg, batch_size=1, amp=True)
+    weights = student_parameters(cfg)
+    assert (
+        highest(cfg, hardware)
+        < 1.0 * weights
+        < highest(replace(cfg, train=replace(cfg.train, grad_checkpoint=False)), hardware)
+    )
 
 
 def test_on_a_card_the_first_remedy_is_a_batch_that_fits(monkeypatch):

@@ -1,6 +1,7 @@
 """The encoder: timm's VisionTransformer with one input channel, a mask token, and checkpointed blocks."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -66,9 +67,10 @@ class Backbone(nn.Module):
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(tokens)))  # [B, 1 + registers + P, D]
         recompute = self.grad_checkpoint if torch.is_grad_enabled() else False
         factors = self._drop_path(tokens.shape[0])
-        for block, drawn in zip(vit.blocks[:-1], factors, strict=False):
-            tokens = block(tokens, drawn, recompute=recompute)
-        tokens = vit.blocks[-1](tokens, factors[-1], recompute=recompute, class_only=class_only)
+        with without_copies(x.device.type) if recompute else nullcontext():
+            for block, drawn in zip(vit.blocks[:-1], factors, strict=False):
+                tokens = block(tokens, drawn, recompute=recompute)
+            tokens = vit.blocks[-1](tokens, factors[-1], recompute=recompute, class_only=class_only)
         tokens = vit.norm(tokens)
         return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
 
@@ -99,6 +101,15 @@ class Backbone(nn.Module):
         torch._dynamo.config.recompile_limit = 32  # all blocks share their code: crops, teachers, judging, pictures
         for block in self.vit.blocks:
             block.compile(backend=backend, dynamic=False)  # crops have two sizes: each gets kernels of its own
+
+
+def without_copies(kind: str) -> torch.autocast:
+    """Autocast as it is on the device `kind`, but for the copies of all weights that it holds until its end.
+
+    A backward pass that computes blocks again makes its own: 2 bytes per weight less at the highest moment.
+    """
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A transformer block with timm's weights that keeps less for its backward pass, and computes only what is asked for.
 
 It computes what timm's own block computes. LayerScale's g is multiplied into the weights of the projection before it:
-so no branch's output is kept for the gradient of g, and a block that is computed again for its backward pass (Chen et
+so no branch's output is kept for the gradient of g, and a branch that is computed again for its backward pass (Chen et
 al. 2016, arXiv:1604.06174) ends before its last matrix product. Behind that stand drop path and the sum, which need no
 more than a number per slice. What is random in drop path is drawn outside: all blocks are one and the same program.
 Under autocast the norms read and write the type of the matrix products, and sum in float32; the stream is float32.
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # calls a function with a tensor
+from dinoct.validate import SELECTIVE
 
 SHORT = 64  # tokens
 
 
-def keep(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call it; what its backward pass needs is kept."""
-    return function(x)
+def run(function: Callable[[Tensor], Tensor], x: Tensor, *, again: bool) -> Tensor:
+    """Call it; `again`: its backward pass calls it once more, instead of keeping what it needs.
 
-
-def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call it; its backward pass calls it again. It must draw nothing at random."""
+    It must draw nothing at random.
+    """
+    if not again:
+        return function(x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -51,37 +51,36 @@ class Block(timm_vit.Block):
             factors: ``[2, B]``, by which what attention and MLP add is multiplied (see `drop_path_factors`).
             recompute: what the backward pass computes again. ``"selective"``: the norms, the MLP's first layer and its
                 GELU; 12 bytes per token and dimension are kept instead of 32 (bf16), for a third of the block's matrix
-                products. True: all but the last product; 4 bytes are kept, for two thirds.
+                products. True: both branches but for their last products, one after the other; 4 bytes are kept, both
+                norms' inputs, for seven twelfths.
             class_only: whether nobody asks for more than the class token.
         Returns:
             ``[B, N, D]``, or ``[B, 1, D]`` where `class_only`.
         """
-        if recompute is True:
-            x, branch = checkpoint(
-                self._branches, x, factors, keep, class_only, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            x, branch = self._branches(x, factors, again if recompute else keep, class_only)
-        return add(x, branch, factors, 1)
-
-    def _branches(self, x: Tensor, factors: Tensor | None, run: Run, class_only: bool) -> tuple[Tensor, Tensor]:
-        """The stream behind attention, and what the MLP adds to it."""
-        branch = self.attn(x, self.norm1, getattr(self.ls1, "gamma", None), run=run, class_only=class_only)
+        branch = self.attn(x, self.norm1, getattr(self.ls1, "gamma", None), recompute=recompute, class_only=class_only)
         x = add(x[:, :1] if class_only else x, branch, factors, 0)
-        return x, self.mlp(x, self.norm2, getattr(self.ls2, "gamma", None), run=run)
+        return add(x, self.mlp(x, self.norm2, getattr(self.ls2, "gamma", None), recompute=recompute), factors, 1)
 
 
 class Attention(timm_vit.Attention):
     """Self-attention of normed tokens, with LayerScale in its projection."""
 
-    def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, run: Run, class_only: bool) -> Tensor:
-        x = lowered(x)
+    def forward(
+        self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, recompute: bool | str, class_only: bool
+    ) -> Tensor:
+        def branch(x: Tensor) -> Tensor:
+            return scaled(self.proj, self._seen(x, norm, recompute == SELECTIVE, class_only), gamma)
+
+        return run(branch, lowered(x), again=recompute is True)
+
+    def _seen(self, x: Tensor, norm: nn.Module, again: bool, class_only: bool) -> Tensor:
+        """What the tokens ``[B, N, D]`` see of each other, all heads side by side."""
         if class_only:
             q, k, v = self._one_query(normed(norm, x))
         else:
-            q, k, v = self._heads(run(lambda x: self.qkv(normed(norm, x)), x), 3)
+            q, k, v = self._heads(run(lambda x: self.qkv(normed(norm, x)), x, again=again), 3)
         x = attend(self.q_norm(q), self.k_norm(k), v)  # [B, heads, N, D / heads]
-        return scaled(self.proj, x.transpose(1, 2).flatten(2), gamma)
+        return x.transpose(1, 2).flatten(2)
 
     def _one_query(self, x: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of all tokens, the class token's query."""
@@ -98,8 +97,11 @@ class Attention(timm_vit.Attention):
 class Mlp(TimmMlp):
     """Both layers on normed tokens, with LayerScale in the second."""
 
-    def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, run: Run) -> Tensor:
-        return run(lambda x: scaled(self.fc2, self.act(self.fc1(normed(norm, x))), gamma), lowered(x))
+    def forward(self, x: Tensor, norm: nn.Module, gamma: Tensor | None, *, recompute: bool | str) -> Tensor:
+        def branch(x: Tensor) -> Tensor:
+            return scaled(self.fc2, self.act(self.fc1(normed(norm, x))), gamma)
+
+        return run(branch, lowered(x), again=bool(recompute))
 
 
 def scaled(linear: nn.Linear, x: Tensor, gamma: Tensor | None) -> Tensor:
