@@ -2,6 +2,7 @@
 
     python scripts/bench/card.py                       # everything, most important first, and the card's own ceilings
     python scripts/bench/card.py --work plain --ways kept selective,compiled --seconds 120
+    python scripts/bench/card.py --ways kept,compiled kept,compiled,cudnn   # a lever that dinoct does not pull
     python scripts/bench/card.py --smoke               # tiny and on the CPU
 
 A row is what `Engine.update` queues: teacher and student forward, losses, backward, clipping, AdamW, EMA; `gpu_all.py`
@@ -25,6 +26,8 @@ from dinoct.config import TrainConfig, to_object
 from dinoct.faults import is_out_of_memory
 from dinoct.flops import peak_flops, slice_flops
 from dinoct.hardware import card_name, resolve, settle
+from dinoct.models import block
+from dinoct.models.block import attend
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.optim import apply_schedule, build_optimizer
 
@@ -35,6 +38,7 @@ WORK = {
     "giant": ("ViT-g/14, 2 x 224, batch 128", 128, ["model=vit-giant"]),
 }
 WAYS = ["kept,compiled", "kept", "selective", "selective,compiled", "checkpointed", "checkpointed,compiled"]
+LEVERS = [f"{way},cudnn" for way in WAYS]  # cuDNN's attention for all but short crops
 RECOMPUTE = {"kept": False, "selective": "selective", "checkpointed": True}
 WARM, TIMED = 3, 6  # updates
 SMOKE = ["model=vit-tiny", "model.depth=2", "hardware=cpu"]
@@ -44,7 +48,7 @@ PARTS = ["teacher", "student", "losses", "backward", "clip, AdamW, EMA"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=list(WORK), default=list(WORK))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS + LEVERS, default=WAYS)
     parser.add_argument("--seconds", type=float, default=540, help="no row begins behind it")
     parser.add_argument("--smoke", action="store_true", help="tiny and on the CPU")
     args = parser.parse_args()
@@ -98,12 +102,14 @@ class Update:
 
     def measure(self, way: str) -> list[str]:
         """Cells of the table."""
-        kind, _, compiled = way.partition(",")
+        kind, *extra = way.split(",")
+        block.attend = cudnn_attend if "cudnn" in extra else attend
+        torch.compiler.reset()
         for backbone in self.model.backbones:
             backbone.grad_checkpoint = RECOMPUTE[kind]
-            for block in backbone.vit.blocks:
-                block._compiled_call_impl = None
-            if compiled:
+            for one in backbone.vit.blocks:
+                one._compiled_call_impl = None
+            if "compiled" in extra:
                 backbone.compile_blocks()
         on_card = self.hardware.platform != "cpu"
         self.optimizer.zero_grad(set_to_none=True)
@@ -152,6 +158,14 @@ class Update:
         marks.append(now())
         self.loss = terms.total.detach()
         return marks
+
+
+def cudnn_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`dinoct.models.block.attend`, but by cuDNN where it takes flash attention."""
+    if k.shape[2] <= block.SHORT:
+        return attend(q, k, v)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def now() -> float | torch.cuda.Event:
