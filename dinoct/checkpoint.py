@@ -19,6 +19,7 @@ otherwise; onto the CPU, so that it carries no device. Its config is read as dat
 import errno
 import json
 import os
+import pickle
 import re
 import zipfile
 import zlib
@@ -33,6 +34,7 @@ from dinoct.errors import CheckpointError, DinoctError
 
 FORMAT = 2
 NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK)
+_OBJECTS = "it holds Python objects, which could run anything: save its tensors alone, as .safetensors"
 _NAME = re.compile(r"checkpoint_(\d{8})\.pth")
 
 
@@ -127,10 +129,10 @@ def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
     except (MemoryError, OSError) as error:
         raise DinoctError(f"{path} cannot be read now ({error or 'out of memory'}); it may be whole") from error
     except Exception as error:  # a foreign file can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _OBJECTS if isinstance(error, pickle.UnpicklingError) else (str(error) or type(error).__name__)
         if "can't allocate memory" in reason:
             raise DinoctError(f"{path} cannot be read now (out of memory); it may be whole") from error
-        raise CheckpointError(f"{path} is not a dinoct checkpoint ({reason[:120]})") from error
+        raise CheckpointError(f"{path} is not a dinoct checkpoint ({' '.join(reason.split())[:160]})") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("format"), int) or not 1 <= meta["format"] <= FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else None
         raise CheckpointError(f"{path} has checkpoint format {found}; this dinoct reads 1 to {FORMAT}")

@@ -8,6 +8,7 @@ from dinoct.errors import ConfigError
 
 AUTO = "auto"  # train.batch_size: the largest that fits, found by trial
 SELECTIVE = "selective"  # train.grad_checkpoint: only what is cheap for its memory is computed again
+RECOMPUTE = (False, SELECTIVE, True)  # values of train.grad_checkpoint, the least memory last
 MIN_GRAM_WEIGHT = 0.01
 SINKHORN_RATIO = 128  # prototypes per teacher row that still trained as well as 16 (docs/results.md, table c)
 KOLEO_SLICES = 16
@@ -41,7 +42,7 @@ def validate(cfg: TrainConfig) -> None:
     _optim(cfg.optim)
     _crops(cfg)
     _batch_size(cfg.train.batch_size)
-    if cfg.train.grad_checkpoint not in (True, False, SELECTIVE):
+    if cfg.train.grad_checkpoint not in RECOMPUTE:
         raise ConfigError(f"train.grad_checkpoint must be true, false or selective, not {cfg.train.grad_checkpoint!r}")
     for key, value in (
         ("train.max_steps", cfg.train.max_steps),

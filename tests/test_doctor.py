@@ -1,6 +1,10 @@
 """The doctor names what is missing and what to do, changes nothing, and fails only for what a run would fail for."""
 
+import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +153,23 @@ def test_the_kernel_of_attention_is_the_one_that_ran():
     assert machine_lines.attention_kernel(cpu, torch.float32) == "flash"
     with sdpa_kernel(SDPBackend.MATH):
         assert machine_lines.attention_kernel(cpu, torch.float32) == "math"
+
+
+def test_compiling_is_tried_out(tmp_path):
+    """In a process of its own: torch remembers the compiler that it found."""
+    environment = os.environ | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    code = "import torch; from dinoct.checkup.machine_lines import compiling; print(compiling(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "torch.compile cannot work here (InvalidCxxCompiler: No working C++ compiler" in done.stdout
+    assert "train.compile=false goes without it" in done.stdout
+    assert "install a C++ compiler" in done.stdout
+
+
+def test_compiling_that_works_says_so(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no compiler
+    finding = machine_lines.compiling(torch.device("cpu"))
+    assert (finding.level, finding.todo) == (OK, "")
+    assert "train.compile=true makes steps shorter" in finding.text
 
 
 def test_limits_of_a_container_count(tmp_path, monkeypatch):

@@ -82,6 +82,38 @@ def test_a_slow_machine_is_scaled_up_and_said_so(phantom_root, workplace, capfd,
     assert "scaled up from one step with 1 slice" in capfd.readouterr().out
 
 
+def test_less_to_compute_again_is_named_where_it_fits(phantom_root, workplace, capfd):
+    assert look_ahead(phantom_root, "train.grad_checkpoint=true", "train.max_steps=3") == 0
+    said = capfd.readouterr().out
+    assert "steps would be shorter with train.grad_checkpoint=false (" in said
+    assert "train.compile" not in said  # on the CPU it is hardly worth its time
+    assert look_ahead(phantom_root, "train.max_steps=3") == 0
+    assert "shorter" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("free", "typed", "says"),
+    [
+        (40e9, [], ["false (34.2 GB", "train.compile=true"]),
+        (20e9, [], ["selective (17.4 GB", "train.compile=true"]),
+        (8e9, [], ["train.compile=true"]),
+        (40e9, ["train.compile=true"], ["false (34.2 GB"]),
+        (40e9, ["train.grad_checkpoint=false", "train.compile=true"], []),
+        (40e9, ["train.grad_checkpoint=false", "parallel=fsdp"], []),
+    ],
+)
+def test_a_card_is_told_what_it_has_room_for(monkeypatch, free, typed, says):
+    """`free` is what the card has behind a step, with 6.2 GB of weights, gradients and moments in it."""
+    monkeypatch.setattr(preflight, "card_memory", lambda: Space(int(free), int(free + 6.2e9)))
+    with initialize_config_module("dinoct.conf", version_base="1.3"):
+        cfg = to_object(compose("train", overrides=["experiment=phase5a", *typed]))
+    hardware = SimpleNamespace(platform="cuda", batch_size=64, amp=True)
+    options = preflight.faster(cfg, hardware, parameters=preflight.student_parameters(cfg))
+    assert len(options) == len(says)
+    for option, words in zip(options, says, strict=True):
+        assert words in option
+
+
 @pytest.mark.parametrize(
     ("name", "room", "says"),
     [

@@ -1,4 +1,4 @@
-"""Checks of ``dinoct-doctor`` on the machine: torch, card, attention, processor, memory, disk."""
+"""Checks of ``dinoct-doctor`` on the machine: torch, card, attention, compiling, processor, memory, disk."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from dinoct.checkup.findings import FAIL, OK, WARN, Finding
 from dinoct.checkup.machine import size_text
 from dinoct.config import HardwareConfig
 from dinoct.errors import ConfigError
+from dinoct.faults import explain
 from dinoct.hardware import Hardware, attention_backend, resolve, settle
 from dinoct.provenance import driver_version
 
@@ -62,6 +63,8 @@ def hardware(cfg: HardwareConfig) -> Iterator[Finding]:
         text = "mixed precision is on" if found.amp else "the card has none: float32, twice the memory, and slow"
         yield Finding(OK if found.amp else WARN, "bf16", text)
     yield attention(found)
+    if found.platform != "cpu":  # on the CPU it is hardly worth its time
+        yield compiling(found.device)
 
 
 def attention(found: Hardware) -> Finding:
@@ -78,6 +81,17 @@ def attention(found: Hardware) -> Finding:
         todo = "slow, and its memory grows with the square of the tokens: take another torch build, or train.amp=true"
         return Finding(WARN, "attention", text, todo)
     return Finding(OK, "attention", text)
+
+
+def compiling(device: torch.device) -> Finding:
+    """Compiles a small function for the device, forward and backward: train.compile=true needs that to work."""
+    try:
+        small = torch.compile(lambda x: F.gelu(x).sum())
+        small(torch.randn(8, 8, device=device, requires_grad=True)).backward()
+    except Exception as error:  # a compiler, Python's headers, or Triton may be missing, and each says so its own way
+        todo = "to have shorter steps, install a C++ compiler and Python's headers (Debian: g++ python3-dev)"
+        return Finding(OK, "torch.compile", explain(error), todo)
+    return Finding(OK, "torch.compile", f"tried out on the {device.type}: train.compile=true makes steps shorter")
 
 
 def rocm_attention(*, amp: bool) -> Finding:

@@ -1,6 +1,7 @@
 """``dinoct-train preflight=true``: what a run would take, from a few steps whose result is thrown away."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from dinoct.console import log
 from dinoct.engine import Engine, NonFiniteError
 from dinoct.errors import DinoctError
 from dinoct.hardware import Hardware
-from dinoct.memory import advice, estimate, remedies
+from dinoct.memory import KEEP_FREE, advice, estimate, remedies
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import Network
 from dinoct.saving import HEADROOM, state_bytes
+from dinoct.validate import RECOMPUTE
 from dinoct.viz import draw_views, first_views, views_title
 
 PICTURE = Path("outputs/preflight/views.png")
@@ -85,6 +87,8 @@ def preflight(engine: Engine) -> None:
         raise DinoctError(f"preflight: {str(error).split(';')[0]}") from error
     if hardware.device.type == "cuda":
         log.info("memory measured: %s at most; %s", size_text(torch.cuda.max_memory_reserved()), card_memory())
+    if options := faster(cfg, hardware, parameters=parameter_count(engine.model.student)):
+        log.info("steps would be shorter with %s", "; or ".join(options))
     log.info(
         check_disk(cfg.ckpt, state_bytes(engine.state_dict()), disk(folder), steps, judged=cfg.eval.every is not None)
     )
@@ -117,6 +121,20 @@ def _report_time(engine: Engine, hardware: Hardware, steps: int | None) -> None:
     log.info("waiting for data: %.0f %% of the time%s; the model takes %.3g", 100 * share, loader, 1 / pace.compute)
     if share > MAX_WAIT:
         log.warning("the data are the bottleneck: raise hardware.num_workers, or put data.root on a faster disk")
+
+
+def faster(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> list[str]:
+    """Settings that make steps shorter and that this machine has room for, asked behind steps: the state lies there."""
+    options, room, now = [], free_memory(hardware), cfg.train.grad_checkpoint
+    for kind in RECOMPUTE[: RECOMPUTE.index(now)]:
+        less = replace(cfg, train=replace(cfg.train, grad_checkpoint=kind))
+        needed = estimate(less, hardware, parameters=parameters)
+        if room is not None and needed.activations <= room.free - KEEP_FREE * room.total:
+            options.append(f"train.grad_checkpoint={str(kind).lower()} ({size_text(needed.total)} by estimate)")
+            break
+    if hardware.platform != "cpu" and cfg.parallel.name != "fsdp" and not cfg.train.compile:
+        options.append("train.compile=true (dinoct-doctor tries whether it works here)")
+    return options
 
 
 def check_disk(ckpt: CkptConfig, size: int, room: Space, steps: int | None, *, judged: bool) -> str:
