@@ -42,6 +42,7 @@ ROWS: list[tuple[str, list[str]]] = [
     ("ViT-L/14, 224 + 8 x 98 px, batch 64", ["model=vit-large", "aug=multicrop", "train.batch_size=64"]),
     ("ViT-L/16, 224 px, batch 64", ["model=vit-large", "model.patch=16", "train.batch_size=64"]),
     ("ViT-L/16, 512 px, batch 16 (phase5a_512)", [*LARGE_512, "train.batch_size=16"]),
+    ("ViT-g/14, 224 px, batch 16", ["model=vit-giant", "train.batch_size=16"]),
     ("ViT-g/14, 224 px, batch 64", ["model=vit-giant", "train.batch_size=64"]),
     ("ViT-g/14, 224 px, batch 128 (phase5b)", ["model=vit-giant", "train.batch_size=128"]),
     ("ViT-g/16, 512 px, batch 16", [*GIANT_512, "train.batch_size=16"]),
