@@ -5,7 +5,7 @@ import math
 from dinoct.console import log
 from dinoct.hardware import Hardware
 from dinoct.plan import RunPlan
-from dinoct.validate import teach
+from dinoct.validate import EIGHT_BIT, teach
 
 
 def announce(
@@ -36,6 +36,8 @@ def announce(
         horizon,
         math.log(cfg.loss.out_dim),
     )
+    if cfg.train.compile or cfg.optim.moments == EIGHT_BIT:
+        log.info("the first step compiles: most of a minute on a machine that has not compiled it before")
     for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size * hardware.processes)]:
         log.warning(line)
     for line in notes:

@@ -80,7 +80,7 @@ class Engine:
         self.step = 0
         self.samples_seen = 0
         self._saved: Path | None = None
-        self.guard = FiniteGuard(hardware.device)
+        self.guard = FiniteGuard(hardware.device, optimizer)
         self._note = StepNote(0, 0, {}, [], {})  # on the current update
         self._forward = self.parallel.wrap(model)
 

@@ -22,7 +22,7 @@ def explain(error: BaseException) -> str:
         return f"a loader worker died ({text[:160]}): out of memory? lower hardware.num_workers or train.batch_size"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reason = text.split(" Set TORCH")[0][:200]
-        return f"torch.compile cannot work here ({reason}): train.compile=false goes without it"
+        return f"torch.compile cannot work here ({reason}): train.compile=false and optim.moments=float32 go without it"
     if is_lost_rank(error):
         return f"another rank is gone ({text[:120]})"
     if "Too many open files" in text or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):

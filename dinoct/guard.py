@@ -23,11 +23,12 @@ class FiniteGuard:
 
     On the CPU that is at once, before the optimiser moves. On a card the verdict travels to the host while the next
     step is queued, and the optimiser is told on the device to skip a step that was not finite: the weights stay
-    those of the last healthy step until the host knows, one step later.
+    those of the last healthy step until the host knows, one step later. Of an optimiser that cannot be told, the host
+    waits for the verdict there too.
     """
 
-    def __init__(self, device: torch.device):
-        self.deferred = device.type == "cuda"
+    def __init__(self, device: torch.device, optimizer: torch.optim.Optimizer):
+        self.deferred = device.type == "cuda" and bool(optimizer.defaults.get("fused"))
         self._pending: tuple[Tensor, torch.cuda.Event | None, StepNote] | None = None
 
     def put(self, finite: Tensor, note: StepNote) -> StepNote | None:

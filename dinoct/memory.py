@@ -13,9 +13,11 @@ from dinoct.checkup.machine import card_room
 from dinoct.config import ModelConfig, TrainConfig
 from dinoct.flops import local_px, masked_patches, token_count
 from dinoct.hardware import Hardware
-from dinoct.validate import SELECTIVE
+from dinoct.moments import BLOCK
+from dinoct.validate import EIGHT_BIT, SELECTIVE
 
 STATE_BYTES = 20  # per weight: student, teacher, gradient and two Adam moments, float32
+MOMENTS_8BIT = 6 - 8 / BLOCK  # of them less: two codes, and two scales per block
 KEEP_FREE = 0.08  # of a card: for the allocator's fragments, and for what else wakes up in a long run
 FLOAT = 4  # bytes: the residual stream, the norms' statistics and the losses, also under autocast
 
@@ -41,7 +43,8 @@ def estimate(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> Memory
         parameters: weights of student backbone and heads.
     """
     gram_teacher = 0.0 if cfg.loss.gram.teacher == "ema" else _backbone_weights(cfg.model)
-    return Memory(STATE_BYTES * parameters + FLOAT * gram_teacher, _highest(cfg, hardware, parameters))
+    state = STATE_BYTES - (MOMENTS_8BIT if cfg.optim.moments == EIGHT_BIT else 0)
+    return Memory(state * parameters + FLOAT * gram_teacher, _highest(cfg, hardware, parameters))
 
 
 def _backbone_weights(model: ModelConfig) -> float:
@@ -178,6 +181,8 @@ def remedies(cfg: TrainConfig, hardware: Hardware, *, parameters: int) -> str:
     saved = now.total - estimate(cfg, replace(hardware, amp=True), parameters=parameters).total
     if not hardware.amp and saved > 0:
         options.append(f"train.amp=true (about {_gb(saved)} GB less)")
+    if cfg.optim.moments != EIGHT_BIT and cfg.parallel.name != "fsdp":
+        options.append(f"optim.moments=8bit (about {_gb(MOMENTS_8BIT * parameters)} GB less; it needs dinoct[lowbit])")
     size = max(cfg.model.patch, cfg.model.img_size * 3 // 4 // cfg.model.patch * cfg.model.patch)
     tiny = replace(cfg, model=replace(cfg.model, img_size=size))
     saved = now.total - estimate(tiny, hardware, parameters=parameters).total

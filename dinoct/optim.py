@@ -5,8 +5,10 @@ import re
 import torch
 from torch import nn
 
+from dinoct import moments
 from dinoct.config import OptimConfig
 from dinoct.parallel import like
+from dinoct.validate import EIGHT_BIT
 
 
 def parameter_groups(model: nn.Module, *, depth: int, cfg: OptimConfig) -> list[dict]:
@@ -46,39 +48,42 @@ def layer_factor(name: str, *, depth: int, cfg: OptimConfig) -> float:
     return factor * cfg.patch_embed_lr if "patch_embed" in name else factor
 
 
-def build_optimizer(model: nn.Module, *, depth: int, cfg: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, *, depth: int, cfg: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; the learning rate and weight decay of each step come from the schedules."""
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
     groups = parameter_groups(model, depth=depth, cfg=cfg)
+    if cfg.moments == EIGHT_BIT:
+        return moments.adamw_8bit(groups, cfg)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), fused=fused)
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, frozen: bool) -> None:
     """Set the step's learning rate and weight decay in every group; the prototypes stand still while `frozen`."""
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if frozen and group["last_layer"] else lr * group["lr_factor"]
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        rate = 0.0 if frozen and group["last_layer"] else lr * group["lr_factor"]
+        for key, value in (("lr", rate), ("weight_decay", weight_decay if group["decays"] else 0.0)):
+            group[key] = group[key].fill_(value) if isinstance(group[key], torch.Tensor) else value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Moments and counts by parameter name: independent of how the parameters are grouped."""
+    """Moments and counts by parameter name, plain tensors: independent of how the parameters are grouped."""
     state = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if parameter in optimizer.state:
-                state[name] = dict(optimizer.state[parameter])
+                state[name] = moments.packed(optimizer.state[parameter])
     return state
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, dict[str, torch.Tensor]]) -> None:
     """Put the state of `optimizer_state` back; the groups' own settings stay as this run has them."""
-    own = optimizer.state_dict()
+    own, eight = optimizer.state_dict(), moments.has_8bit(optimizer)
     numbers = [
         (name, i) for group in own["param_groups"] for name, i in zip(group["names"], group["params"], strict=True)
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own["state"] = {
-        i: {key: like(value, parameters[i]) for key, value in state[name].items()}
+        i: {key: like(value, parameters[i]) for key, value in moments.unpacked(state[name], eight=eight).items()}
         for name, i in numbers
         if name in state
     }

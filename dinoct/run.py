@@ -34,6 +34,7 @@ from dinoct.rundir import RUNS, RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import ENDLESS_HORIZON, Schedules
 from dinoct.tracking import Tracker, build_tracker
+from dinoct.validate import EIGHT_BIT
 
 RANK_SEEDS = 1_000_003  # between two ranks' generators
 
@@ -256,7 +257,8 @@ def _check_before(
             parts.horizon,
             plan.cfg.train.max_steps,
         )
-    size = 2 * state_bytes(parts.model.state_dict())  # Adam's two moments are as large as student and teacher
+    size = state_bytes(parts.model.state_dict())
+    size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
     if plan.resumes_in_place:
         for path in checkpoints.set_aside(folder.path, after=checkpoint.step):

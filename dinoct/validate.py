@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 from dinoct.config import AugConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig, WindowConfig
 from dinoct.errors import ConfigError
 
 AUTO = "auto"  # train.batch_size: the largest that fits, found by trial
 SELECTIVE = "selective"  # train.grad_checkpoint: only what is cheap for its memory is computed again
+EIGHT_BIT = "8bit"  # optim.moments
 RECOMPUTE = (False, SELECTIVE, True)  # values of train.grad_checkpoint, the least memory last
 MIN_GRAM_WEIGHT = 0.01
 SINKHORN_RATIO = 128  # prototypes per teacher row that still trained as well as 16 (docs/results.md, table c)
@@ -202,6 +204,11 @@ def _optim(optim: OptimConfig) -> None:
         _share(f"optim.{key}", getattr(optim, key))
     if len(optim.betas) != 2:
         raise ConfigError(f"optim.betas needs two numbers, not {optim.betas}")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas must be from 0 to below 1, not {optim.betas}")
+    _choice("optim.moments", optim.moments, ("float32", EIGHT_BIT))
+    if optim.moments == EIGHT_BIT and find_spec("torchao") is None:
+        raise ConfigError("optim.moments=8bit needs torchao: pip install 'dinoct[lowbit]', or optim.moments=float32")
 
 
 def _parallel(cfg: TrainConfig) -> None:
@@ -213,6 +220,8 @@ def _parallel(cfg: TrainConfig) -> None:
         raise ConfigError(f"parallel.processes={processes} needs parallel=ddp, or parallel=fsdp for a model too large")
     if name != "none" and cfg.train.batch_size == AUTO:
         raise ConfigError("train.batch_size=auto tries out one card: find the size with parallel=none, then give it")
+    if name == "fsdp" and cfg.optim.moments == EIGHT_BIT:
+        raise ConfigError("optim.moments=8bit and parallel=fsdp do not go together: add optim.moments=float32")
     if name == "fsdp" and cfg.train.compile:
         raise ConfigError("train.compile=true and parallel=fsdp do not go together: add train.compile=false")
 

@@ -84,7 +84,7 @@ def updates(*overrides: str, steps: int = 2) -> tuple[dict, Copies]:
         engine.optimizer = build_optimizer(model.student, depth=cfg.model.depth, cfg=cfg.optim)
         engine.schedules = Schedules(cfg.optim, cfg.loss.dino, 100)
         engine.records = Mock(waited=0.0, due=lambda *_, **__: True)
-        engine.guard, engine._forward = FiniteGuard(CARD), model
+        engine.guard, engine._forward = FiniteGuard(CARD, engine.optimizer), model
         engine.step = engine.samples_seen = 0
         sent = [("cpu", "cuda", value.numel()) for value in vars(batch).values() if isinstance(value, torch.Tensor)]
         with patch.object(torch.Tensor, "backward", backward), Copies(sent * 2 * steps) as copies:

@@ -77,7 +77,7 @@ def test_a_card_stops_one_step_later_with_the_weights_of_the_last_healthy_step(
     assert train(phantom_root, workplace / "plain", "train.max_steps=2", "optim.horizon=6", "ckpt.every=1") == 0
     init = FiniteGuard.__init__
     monkeypatch.setattr(
-        FiniteGuard, "__init__", lambda self, device: (init(self, device), setattr(self, "deferred", True))[0]
+        FiniteGuard, "__init__", lambda self, *args: (init(self, *args), setattr(self, "deferred", True))[0]
     )
     poison(monkeypatch, call=3)
     folder = workplace / "run"

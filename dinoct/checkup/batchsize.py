@@ -18,7 +18,7 @@ from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.plan import RunPlan
 from dinoct.rng import restore_rng, rng_state
-from dinoct.validate import AUTO
+from dinoct.validate import AUTO, EIGHT_BIT
 
 STEP = 8  # batches are multiples of it
 TOLERANCE = 1 / 16  # of the effective batch, for the sake of fewer micro-batches
@@ -114,7 +114,8 @@ def fits_card(model: SelfDistillation, cfg: TrainConfig, hardware: Hardware, n: 
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     try:
-        moments = [torch.empty_like(p) for p in model.student.parameters() for _ in range(2)]
+        dtype = torch.uint8 if cfg.optim.moments == EIGHT_BIT else None
+        moments = [torch.empty_like(p, dtype=dtype) for p in model.student.parameters() for _ in range(2)]
         trial(model, cfg, hardware, n)
         del moments
     except Exception as error:
