@@ -3,6 +3,7 @@
     python scripts/bench/card.py                       # everything, most important first, and the card's own ceilings
     python scripts/bench/card.py --work plain --ways kept selective,compiled --seconds 120
     python scripts/bench/card.py --ways kept,compiled kept,compiled,cudnn   # a lever that dinoct does not pull
+    python scripts/bench/card.py --ways checkpointed checkpointed,8bit      # optim.moments=8bit
     python scripts/bench/card.py --smoke               # tiny and on the CPU
 
 A row is what `Engine.update` queues: teacher and student forward, losses, backward, clipping, AdamW, EMA; `gpu_all.py`
@@ -14,6 +15,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from common import print_table
@@ -38,7 +40,7 @@ WORK = {
     "giant": ("ViT-g/14, 2 x 224, batch 128", 128, ["model=vit-giant"]),
 }
 WAYS = ["kept,compiled", "kept", "selective", "selective,compiled", "checkpointed", "checkpointed,compiled"]
-LEVERS = [f"{way},cudnn" for way in WAYS]  # cuDNN's attention for all but short crops
+LEVERS = [f"{way},cudnn" for way in WAYS] + [f"{way},8bit" for way in WAYS]  # attention by cuDNN; moments in 8 bits
 RECOMPUTE = {"kept": False, "selective": "selective", "checkpointed": True}
 WARM, TIMED = 3, 6  # updates
 SMOKE = ["model=vit-tiny", "model.depth=2", "hardware=cpu"]
@@ -91,8 +93,6 @@ class Update:
         torch.manual_seed(0)
         self.model = SelfDistillation(cfg.model, cfg.loss).to(self.hardware.device).train()
         self.model.teacher.eval()
-        self.optimizer = build_optimizer(self.model.student, depth=cfg.model.depth, cfg=cfg.optim)
-        apply_schedule(self.optimizer, lr=1e-5, weight_decay=0.04, frozen=False)
         batch = synthetic_batch(cfg, batch_size)
         batch.global_crops = torch.rand_like(batch.global_crops)
         batch.local_crops = None if batch.local_crops is None else torch.rand_like(batch.local_crops)
@@ -112,6 +112,9 @@ class Update:
             if "compiled" in extra:
                 backbone.compile_blocks()
         on_card = self.hardware.platform != "cpu"
+        optim = replace(self.cfg.optim, moments="8bit" if "8bit" in extra else "float32")
+        self.optimizer = build_optimizer(self.model.student, depth=self.cfg.model.depth, cfg=optim)
+        apply_schedule(self.optimizer, lr=1e-5, weight_decay=0.04, frozen=False)
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if on_card:
