@@ -9,6 +9,7 @@ import torch._dynamo.config
 import torch._functorch.config
 from timm.models.vision_transformer import VisionTransformer
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 
 from dinoct.config import GramConfig, IbotConfig, LossConfig, ModelConfig, OptimConfig
 from dinoct.data.dataset import mask_fields
@@ -16,6 +17,7 @@ from dinoct.errors import CheckpointError
 from dinoct.losses import resize_patches
 from dinoct.models.backbone import Backbone, normalise
 from dinoct.models.block import drop_path_factors
+from dinoct.models.head import PrototypeHead
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import CropBatch, SelfDistillation
 from dinoct.optim import build_optimizer, load_optimizer_state, optimizer_state, parameter_groups
@@ -211,6 +213,27 @@ def test_losses_are_float32_under_autocast(monkeypatch):
     assert terms.total.dtype == torch.float32
     terms.total.backward()
     assert all(p.grad.isfinite().all() for p in model.student.parameters() if p.grad is not None)
+
+
+def test_scores_are_cosines_with_the_prototypes():
+    torch.manual_seed(0)
+    head = PrototypeHead(24, out_dim=300, hidden_dim=32, bottleneck_dim=16)
+    with torch.no_grad():
+        head.prototypes.weight.mul_(torch.logspace(-6, 3, 300)[:, None])  # only their direction counts
+    features, wanted = torch.randn(9, 24), torch.randn(9, 300)
+    scores = head(features)
+    (scores * wanted).sum().backward()
+    prototypes = head.prototypes.weight.detach().double().requires_grad_()
+    bottleneck = head.mlp(features).detach().double()
+    cosines = F.cosine_similarity(bottleneck[:, None], prototypes[None], dim=-1)  # torch's own, written another way
+    (cosines * wanted).sum().backward()
+    torch.testing.assert_close(scores.double(), cosines, rtol=0, atol=1e-6)
+    lengths = prototypes.detach().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(
+        head.prototypes.weight.grad * lengths, prototypes.grad * lengths, rtol=1e-4, atol=1e-5, check_dtype=False
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(features).dtype == torch.float32
 
 
 def test_no_gradient_reaches_a_teacher():
