@@ -113,15 +113,19 @@ def test_every_provoked_collapse_is_noticed(phantom_root, workplace, capfd, name
     broken_run(phantom_root, workplace, capfd, name)
 
 
+HEALTHY_KOLEO = "loss.koleo.weight=0.1"  # as published; with 0.01 two of 100 runs do collapse here, for a while
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_ten_healthy_runs_raise_no_alarm(phantom_root, workplace, capfd):
     for seed in range(10):
-        assert train(phantom_root, workplace / f"run{seed}", f"seed={seed}", "train.max_steps=300") == 0
-        assert metrics(workplace / f"run{seed}")[-1]["Train/feature_std"] > 0.3
+        folder = workplace / f"run{seed}"
+        assert train(phantom_root, folder, f"seed={seed}", "train.max_steps=300", HEALTHY_KOLEO) == 0
+        assert min(record["Train/feature_std"] for record in metrics(folder)) > 0.3
     assert "CRITICAL" not in capfd.readouterr().out
 
 
 def test_a_short_healthy_run_raises_no_alarm(phantom_root, workplace, capfd):
-    assert train(phantom_root, workplace / "run", "train.max_steps=120") == 0
+    assert train(phantom_root, workplace / "run", "train.max_steps=120", HEALTHY_KOLEO) == 0
     assert "CRITICAL" not in capfd.readouterr().out
