@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two tests at a time, one thread each; a file's tests stay together, for some share a prepared set or a run.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long lint format clean help
 
@@ -23,10 +25,10 @@ demo: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo.sh
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long --timeout 3600
+	$(PYTEST) -m long --timeout 3600
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

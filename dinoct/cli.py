@@ -92,9 +92,11 @@ def complain(error: Exception, schema: type) -> int:
         message = explain_config_error(error, schema, sys.argv[1:])
     else:
         message = f"{type(error).__name__}: {error} (DINOCT_TRACEBACK=1 shows where)"
+    words = {"phantom", *(word for key in option_keys(schema) for word in key.split("."))}
     for argument in sys.argv[1:]:  # a source may hold a patient's name: it is not repeated
-        if argument.startswith("source=") and len(argument) > len("source="):
-            message = message.replace(argument, "source=...").replace(argument.removeprefix("source="), "...")
+        value = argument.removeprefix("source=")
+        if value != argument and value not in words and any(map(str.isalnum, value)):
+            message = message.replace(argument, "source=...").replace(value, "...")
     if os.environ.get("DINOCT_TRACEBACK") == "1":
         traceback.print_exception(error)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

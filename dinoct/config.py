@@ -327,6 +327,8 @@ class DoctorConfig:
 def register() -> None:
     """Make schemas and resolvers known to Hydra; called by `conf/__init__.py`, so that no entry point can forget it."""
     store = ConfigStore.instance()
+    # `--help` copies all that Hydra has loaded for each group it lists; the store hands out copies anyway
+    ConfigStore.__deepcopy__ = lambda self, memo: self
     schemas = {"train": TrainConfig, "prepare": PrepareConfig, "eval": EvalConfig, "monitor": MonitorConfig}
     schemas |= {"doctor": DoctorConfig, "export": ExportConfig, "embed": EmbedConfig}
     for name, schema in schemas.items():

@@ -14,6 +14,7 @@ from dinoct import shards, state
 from dinoct.checkpoint import Checkpoint
 from dinoct.config import TrainConfig
 from dinoct.console import log, progress
+from dinoct.data.batch import CropBatch
 from dinoct.data.dataset import SliceViews, train_loader
 from dinoct.data.index import SliceIndex
 from dinoct.errors import DinoctError
@@ -23,7 +24,7 @@ from dinoct.hardware import Hardware
 from dinoct.looks import Looks
 from dinoct.memory import advice
 from dinoct.models.backbone import parameter_count
-from dinoct.models.ssl import CropBatch, SelfDistillation
+from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import apply_schedule
 from dinoct.parallel import Parallel
 from dinoct.records import Records, Scalars

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dinoct.console import log
+from dinoct.data.batch import CropBatch
 from dinoct.engine import Engine
-from dinoct.models.ssl import CropBatch
 
 
 def replay(engine: Engine, positions: list[int]) -> bool:

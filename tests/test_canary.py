@@ -67,3 +67,9 @@ def test_a_wrong_source_is_not_repeated(workplace, capfd, source):
     assert "DOE" not in said
     assert run("prepare", "-m", f"source={source}", "data.root=data") == 1
     assert not (workplace / "outputs").exists()
+
+
+@pytest.mark.parametrize("source", ["phantom", "data", "."])
+def test_a_source_that_can_be_nobodys_name_garbles_no_message(workplace, capfd, source):
+    assert run("prepare", f"source={source}", "dat.root=x") == 1
+    assert capfd.readouterr().err == "error: dat.root is not a setting; did you mean data.root? (see --cfg job)\n"

@@ -12,14 +12,14 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from dinoct.config import GramConfig, IbotConfig, LossConfig, ModelConfig, OptimConfig
-from dinoct.data.dataset import mask_fields
+from dinoct.data.batch import CropBatch, mask_fields
 from dinoct.errors import CheckpointError
 from dinoct.losses import resize_patches
 from dinoct.models.backbone import Backbone, normalise
 from dinoct.models.block import drop_path_factors
 from dinoct.models.head import PrototypeHead
 from dinoct.models.load import initial_weights
-from dinoct.models.ssl import CropBatch, SelfDistillation
+from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import build_optimizer, load_optimizer_state, optimizer_state, parameter_groups
 
 TINY = ModelConfig(patch=16, dim=32, depth=2, heads=2, img_size=64, registers=2, layer_scale=1e-2)

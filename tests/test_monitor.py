@@ -13,10 +13,10 @@ from PIL import Image
 from timm.models.vision_transformer import Attention
 
 from dinoct.config import AugConfig, DataConfig, IbotConfig, ModelConfig, WindowConfig
-from dinoct.data.dataset import SliceViews, collate, middle_slice, open_split, read_slice
+from dinoct.data.batch import CropBatch, collate
+from dinoct.data.dataset import SliceViews, middle_slice, open_split, read_slice
 from dinoct.data.views import ViewMaker
 from dinoct.models.load import random_backbone
-from dinoct.models.ssl import CropBatch
 from dinoct.viz import PICTURES, draw_monitor, draw_views, whole_slice
 from dinoct.viz.figures import Scene
 from dinoct.viz.maps import class_attention, cosine_to, principal_colours, see

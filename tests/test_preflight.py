@@ -14,7 +14,7 @@ from dinoct.checkup.batchsize import fit_batch, largest_that_fits, split_update,
 from dinoct.checkup.machine import Space
 from dinoct.checkup.pace import Pace, extrapolate, predict
 from dinoct.config import CkptConfig, TrainConfig, to_object
-from dinoct.data.dataset import collate
+from dinoct.data.batch import collate
 from dinoct.data.views import ViewMaker
 from dinoct.errors import DinoctError
 from dinoct.hardware import Hardware

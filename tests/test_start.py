@@ -1,4 +1,7 @@
-"""Commands answer at once: neither --help nor a mistyped key waits for torch or another large library."""
+"""Commands answer at once: neither --help nor a mistyped key waits for torch or another large library.
+
+And what starts often, a run and its loader workers, imports nothing large that it does not use.
+"""
 
 import json
 import subprocess
@@ -44,3 +47,17 @@ def test_help_and_a_mistyped_key_import_nothing_large(workplace, command, wrong,
     assert statuses == [0, 1]
     assert says in done.stderr
     assert imported == []
+
+
+@pytest.mark.parametrize(
+    ("module", "unused"),
+    [
+        ("dinoct.data.dataset", {"timm", "torchvision", "torch._dynamo", "wandb", "matplotlib", "sklearn", "scipy"}),
+        ("dinoct.run", {"matplotlib", "sklearn", "scipy", "tensorboard"}),
+    ],
+)
+def test_a_loader_worker_and_a_run_import_nothing_large_that_they_do_not_use(module, unused):
+    """A worker that is not forked off the run imports the first: timm alone would be another 130 MB in each."""
+    code = f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert unused.isdisjoint(json.loads(done.stdout))

@@ -8,14 +8,14 @@ import torch
 
 from dinoct.checkup.machine import card_memory
 from dinoct.config import TrainConfig
-from dinoct.data.dataset import collate
+from dinoct.data.batch import CropBatch, collate
 from dinoct.data.views import ViewMaker
 from dinoct.errors import DinoctError
 from dinoct.faults import is_out_of_memory
 from dinoct.hardware import EFFECTIVE_BATCH, Hardware
 from dinoct.memory import KEEP_FREE, remedies
 from dinoct.models.backbone import parameter_count
-from dinoct.models.ssl import CropBatch, SelfDistillation
+from dinoct.models.ssl import SelfDistillation
 from dinoct.plan import RunPlan
 from dinoct.rng import restore_rng, rng_state
 from dinoct.validate import AUTO, EIGHT_BIT

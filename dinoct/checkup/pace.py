@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dinoct.data.batch import CropBatch
 from dinoct.engine import Engine, NonFiniteError
-from dinoct.models.ssl import CropBatch
 
 WARM, TIMED = 3, 5  # steps
 BUDGET_S = 60.0  # for all of them

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinoct.config import DataConfig
+from dinoct.data.batch import collate
 from dinoct.data.index import SliceIndex
 from dinoct.data.splits import SplitManifest
 from dinoct.data.store import SliceStore
 from dinoct.data.views import ViewMaker, letterbox
 from dinoct.errors import ConfigError
-from dinoct.models.ssl import CropBatch
 
 WORKER_GRACE_S = 60  # a loader worker lives on behind a SIGTERM, so that the parent can finish its step
 
@@ -122,33 +122,6 @@ class StreamSampler(Sampler[list[int]]):
         while True:
             yield list(range(position, position + self.batch_size))
             position += self.world * self.batch_size
-
-
-def mask_fields(masks: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """The three fields of a `CropBatch` that belong to masks ``[Vg * B, P]``, or to none."""
-    if masks is None:
-        return {"masks": None, "masked": torch.empty(0, dtype=torch.int64), "mask_weights": torch.empty(0)}
-    weights = (1.0 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
-    return {"masks": masks, "masked": masks.flatten().nonzero().squeeze(1), "mask_weights": weights}
-
-
-def collate(items: list[dict]) -> CropBatch:
-    """Samples to a batch, crop by crop (see `CropBatch`)."""
-
-    def crops(key: str) -> torch.Tensor | None:
-        stacked = np.stack([item[key] for item in items], axis=1)  # [V, B, s, s]
-        return torch.from_numpy(stacked.reshape(-1, 1, *stacked.shape[2:])) if stacked.size else None
-
-    masks = np.stack([item["masks"] for item in items], axis=1)  # [Vg, B, P]
-    masks = torch.from_numpy(masks.reshape(-1, masks.shape[-1]))
-    return CropBatch(
-        global_crops=crops("global"),
-        local_crops=crops("local"),
-        **mask_fields(masks if masks.any() else None),
-        groups=torch.tensor([item["group"] for item in items]),
-        positions=[item["position"] for item in items],
-        gram_crops=crops("gram"),
-    )
 
 
 def train_loader(

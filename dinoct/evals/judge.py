@@ -1,4 +1,8 @@
-"""From an encoder to a verdict: view retrieval beside its baselines, the other probes, signs of collapse."""
+"""From an encoder to a verdict: view retrieval beside its baselines, the other probes, signs of collapse.
+
+The fitted probes are imported where they are asked for: judging while a run trains needs no scikit-learn, whose import
+takes half as long as torch's.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +31,7 @@ from dinoct.evals.features import (
     neighbours,
     pixel_encoder,
 )
-from dinoct.evals.linear import label_probes, position_probe, relative_position, series_purity, shortcut_probe
 from dinoct.evals.retrieval import bootstrap_mean, dispersion, one_per_series, score, score_hard, spectrum
-from dinoct.evals.structure import mask_probe
 from dinoct.hardware import Hardware
 from dinoct.models.load import random_backbone
 from dinoct.validate import parse_rule
@@ -140,6 +142,8 @@ class _Room:
             out["hard_negatives"] = self._hard_negatives(views, rows)
         whole = {name: x[:, 2].numpy() for name, x in views.items() if x.shape[1] > 2}
         if "purity" in asked:
+            from dinoct.evals.linear import series_purity
+
             out["purity"] = series_purity(whole, val.series)
         if asked & FITTED:
             out |= self._fitted(asked, whole, rows)
@@ -174,6 +178,8 @@ class _Room:
             fit_rows = np.unique(np.concatenate([fit_rows, labelled]))
         slices = WholeSlices(train, self.data.store, fit_rows, self.probe, size=self.model.img_size)
         fit = {name: x[:, 0].numpy() for name, x in self.encode("probes", slices).items()}
+        from dinoct.evals.linear import label_probes, position_probe, relative_position
+
         out: dict[str, Any] = {}
         if "position" in asked:
             target, fit_target = relative_position(self.data.val)[rows], relative_position(train)[fit_rows]
@@ -191,6 +197,8 @@ class _Room:
     def _scanner(
         train: SliceIndex, fit: Mapping[str, np.ndarray], val: SliceIndex, judged: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
+        from dinoct.evals.linear import shortcut_probe
+
         both = {name: np.concatenate([fit[name], judged[name]]) for name in fit}
         patients = np.concatenate([train.patient, val.patient])  # one index, so the codes are the same
         out = {}
@@ -203,6 +211,8 @@ class _Room:
     def _masks(self) -> dict[str, Any]:
         if self.data.masks is None or self.data.train is None:
             return {"not_measured": "no masks (probe.masks)"}
+        from dinoct.evals.structure import mask_probe
+
         return mask_probe(
             {name: encoder for name, encoder in self.encoders.items() if name != "histogram"},
             (self.data.train, self.data.val),

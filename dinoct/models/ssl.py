@@ -1,8 +1,8 @@
 """Student, EMA teacher and Gram teacher: crops in, the terms of the objective out."""
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +10,10 @@ from torch.nn import functional as F
 
 from dinoct import losses
 from dinoct.config import LossConfig, ModelConfig
+from dinoct.data.batch import CropBatch
 from dinoct.models.backbone import Backbone
 from dinoct.models.head import PrototypeHead
 from dinoct.parallel import Parallel, local
-
-
-@dataclass
-class CropBatch:
-    """The views of B slices, crop by crop: row ``v * B + b`` is view v of slice b."""
-
-    global_crops: Tensor  # [Vg * B, 1, S, S] in [0, 1]
-    local_crops: Tensor | None  # [Vl * B, 1, s, s]
-    masks: Tensor | None  # [Vg * B, P] booleans; None where no patch is masked
-    masked: Tensor  # [M] flat indices of the masked patches: made on the host, the device need not count them
-    mask_weights: Tensor  # [M] 1 / masked patches of the same crop
-    groups: Tensor  # [B] number of the slice's series
-    positions: list[int]  # [B] positions in the sample order
-    gram_crops: Tensor | None = None  # [Vg * B, 1, G, G] the global crops at the Gram teacher's size, where it differs
-
-    def to(self, device: torch.device) -> "CropBatch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "CropBatch":
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "CropBatch":
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return CropBatch(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 @dataclass

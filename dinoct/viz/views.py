@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from dinoct.config import AugConfig
-from dinoct.data.dataset import SliceViews, collate
-from dinoct.models.ssl import CropBatch
+from dinoct.data.batch import CropBatch, collate
+from dinoct.data.dataset import SliceViews
 from dinoct.viz.figures import TINY, axes_at, new_figure, save
 
 ROWS = 4

@@ -31,8 +31,9 @@ from common import print_table
 from torch.profiler import ProfilerActivity, profile
 
 from dinoct import losses, train
+from dinoct.data.batch import CropBatch
 from dinoct.engine import Engine
-from dinoct.models.ssl import CropBatch, SelfDistillation
+from dinoct.models.ssl import SelfDistillation
 from dinoct.parallel import Parallel
 
 WARM_UP, PROFILED = 5, 3  # updates

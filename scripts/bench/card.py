@@ -25,12 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinoct.checkup.batchsize import synthetic_batch
 from dinoct.config import TrainConfig, to_object
+from dinoct.data.batch import CropBatch
 from dinoct.faults import is_out_of_memory
 from dinoct.flops import peak_flops, slice_flops
 from dinoct.hardware import card_name, resolve, settle
 from dinoct.models import block
 from dinoct.models.block import attend
-from dinoct.models.ssl import CropBatch, SelfDistillation
+from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import apply_schedule, build_optimizer
 
 WORK = {

@@ -160,8 +160,8 @@ def views(channels: int, *, pixels: int = GLOBAL[1], local: int = LOCAL[0], batc
 
 def dinoct_step(settings: TrainConfig, **sizes: int) -> Step:
     """What `dinoct.engine` does in an update, less its bookkeeping."""
-    from dinoct.data.dataset import mask_fields
-    from dinoct.models.ssl import CropBatch, SelfDistillation
+    from dinoct.data.batch import CropBatch, mask_fields
+    from dinoct.models.ssl import SelfDistillation
     from dinoct.optim import apply_schedule, build_optimizer
     from dinoct.schedules import Schedules
 
