@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +79,6 @@ class Engine:
         self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker)
         self.step = 0
         self.samples_seen = 0
-        self._saved: Path | None = None
         self.guard = FiniteGuard(hardware.device, optimizer)
         self._note = StepNote(0, 0, {}, [], {})  # on the current update
         self._forward = self.parallel.wrap(model)
@@ -108,11 +106,8 @@ class Engine:
                     judged = self.looks.judge(teacher, self.step) if self._due(cfg.eval.every) else {}
                     self._report(scalars, judged)
                     bar.update(task, completed=self.step)
-                    if self._due(cfg.ckpt.every) and not self._finished():
-                        self._save()
-                    if judged and self._improved() and not self._finished():
-                        self._settle()
-                        self.saver.keep_best(self.state_dict(), self._meta())
+                    if not self._finished():
+                        self._save(regular=self._due(cfg.ckpt.every), best=bool(judged) and self._improved())
                     if self._due(cfg.monitor.every):
                         self.looks.draw(teacher, self.step)
             except NonFiniteError:
@@ -127,14 +122,14 @@ class Engine:
             batches = None  # end the loader: a worker that dies from here on must not interrupt the save
             self._settle()
             self._flush()
-            if self.parallel.led(self._saved is None or checkpoints.step_of(self._saved) != self.step):
-                self._saved = self.saver.save(self.state_dict(), self._meta())
+            if self.parallel.led(self.saver.saved_step() != self.step):
+                self.saver.save(self.state_dict(), self._meta())
             if self._finished() and self._improved():
                 self.saver.keep_best(self.state_dict(), self._meta())
         if stop.requested:
-            log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self._saved)
+            log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self.saver.saved)
         elif self.parallel.leads:
-            log.info("done: step %d, %s", self.step, checkpoints.link_final(self._saved))
+            log.info("done: step %d, %s", self.step, checkpoints.link_final(self.saver.saved))
         return Result(self.step, stop.exit_status, self.looks.best_rank)
 
     def update(self, batches: Iterator[CropBatch]) -> Scalars:
@@ -255,14 +250,17 @@ class Engine:
             f"dinoct-train replay={path}, go on from it with resume={path} and a lower optim.lr or optim.clip"
         )
 
-    def _save(self) -> None:
-        """The checkpoint that is due; a failure is reported."""
+    def _save(self, *, regular: bool, best: bool) -> None:
+        """The checkpoint that is due, and that of the best encoder so far; a failure is reported."""
+        if not regular and not best:
+            return
         self._settle()
-        if self.cfg.ckpt.sharded and not self.parallel.whole:
+        if regular and self.cfg.ckpt.sharded and not self.parallel.whole:
             share = shards.share_of(self.model, self.optimizer)
             self.saver.try_save_shards(share, state.gather_generators(self.parallel, rng_state()), self._meta())
-        else:
-            self._saved = self.saver.try_save(self.state_dict(), self._meta()) or self._saved
+            regular = False
+        if regular or best:
+            self.saver.save_behind(self.state_dict(), self._meta(), regular=regular, best=best)
 
     def _rng(self) -> dict[str, Any]:
         """Generators as of the last finished step: those before an update that failed on its way."""
@@ -283,7 +281,7 @@ class Engine:
             message = explain(error)
         if not (self.parallel.leads and self.parallel.whole):
             raise TrainingError(f"step {self.step + 1}: {message}") from error
-        if self.step == 0 or (self._saved is not None and checkpoints.step_of(self._saved) == self.step):
+        if self.step == 0 or self.saver.saved_step() == self.step:
             raise TrainingError(f"step {self.step + 1}: {message}") from error
         try:  # a failed update moved nothing but the generators
             own = state.own(self.model, self.optimizer, self.parallel, rng=self._rng())

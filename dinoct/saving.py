@@ -1,21 +1,28 @@
-"""When and where checkpoints of a run are written; what a full disk does, and what it does not."""
+"""When and where checkpoints of a run are written; what a full disk does, and what it does not.
+
+A checkpoint that falls due is written by a thread, from a copy in the host's memory, while training goes on.
+"""
 
 import os
 import shutil
 import time
+from copy import deepcopy
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct import shards
+from dinoct.checkup.machine import ram, size_text
 from dinoct.config import CkptConfig
 from dinoct.console import log
 from dinoct.errors import CheckpointError
 from dinoct.parallel import Parallel
 
 HEADROOM = 1.05
+SPARE = 2e9  # bytes of the host's memory that a copy of the state leaves free
 
 
 class Saver:
@@ -27,6 +34,8 @@ class Saver:
     def __init__(self, folder: Path, cfg: CkptConfig, parallel: Parallel | None = None):
         self.folder, self.cfg, self.parallel = folder, cfg, parallel or Parallel()
         self.writes = self.parallel.leads
+        self.saved: Path | None = None  # the newest ``checkpoint_{step}.pth`` that was read back
+        self._writer: Thread | None = None
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.
@@ -34,20 +43,36 @@ class Saver:
         Raises:
             CheckpointError: if it cannot be written or does not verify; older checkpoints are all kept then.
         """
-        path = self._write(checkpoints.checkpoint_name(meta["step"]), state, meta)
-        if not self.writes:
-            return path
-        checkpoints.verify(path)
-        checkpoints.rotate(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
-        return path
+        self.wait()
+        return self._save(state, meta)
 
-    def try_save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path | None:
-        """`save`, but a failure is reported and training goes on: the state in memory is worth more than an exit."""
-        try:
-            return self.save(state, meta)
-        except CheckpointError as error:
-            log.critical("not saved at step %d, training goes on: %s", meta["step"], error)
-            return None
+    def save_behind(
+        self, state: dict[str, Any], meta: dict[str, Any], *, regular: bool = True, best: bool = False
+    ) -> None:
+        """`save` and `keep_best` while training goes on, from a copy that is taken at once.
+
+        A failure is reported, and training goes on: the state in memory is worth more than an exit. Where the memory
+        has no room for the copy, training waits.
+        """
+        self.wait()
+        copy = self._copied(state)
+        args = (state if copy is None else copy, deepcopy(meta), regular, best)
+        if copy is None:
+            self._try(*args)
+        else:
+            self._writer = Thread(target=self._try, args=args, name="checkpoint")
+            self._writer.start()
+
+    def wait(self) -> None:
+        """Until what `save_behind` began is written, or has failed."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def saved_step(self) -> int | None:
+        """Step of the newest checkpoint, once it is written."""
+        self.wait()
+        return None if self.saved is None else checkpoints.step_of(self.saved)
 
     def try_save_shards(self, state: dict[str, Any], generators: dict[str, Any], meta: dict[str, Any]) -> None:
         """`try_save` of the ranks' shares (`dinoct.shards`); every rank must call."""
@@ -64,27 +89,58 @@ class Saver:
 
     def keep_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Keep the state as ``checkpoint_best_{step}.pth`` in place of the older best; a failure is reported."""
-        if not self.writes:
-            return
-        regular = self.folder / checkpoints.checkpoint_name(meta["step"])
-        best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
-        try:
-            if not _linked(regular, best):
-                checkpoints.verify(self._write(best.name, state, meta))
-        except CheckpointError as error:
-            log.critical("the best checkpoint is not kept at step %d, training goes on: %s", meta["step"], error)
-            return
-        for older in self.folder.glob("checkpoint_best_*.pth"):
-            if older != best:
-                older.unlink(missing_ok=True)
+        self.wait()
+        self._try(state, meta, False, True)
 
     def emergency(self, state: dict[str, Any], meta: dict[str, Any]) -> Path | None:
         """Write ``emergency_{step}.pth``, outside the rotation; never raises: something went wrong already."""
+        self.wait()
         try:
             return self._write(f"emergency_{meta['step']:08d}.pth", state, meta)
         except CheckpointError as error:
             log.critical("no emergency checkpoint: %s", error)
             return None
+
+    def _copied(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The state as of now in the host's memory, whatever training does next; None where there is no room."""
+        if not self.writes or not self.parallel.whole:
+            return state  # nobody reads it, or it was put together from shares and is nobody else's
+        needed, room = state_bytes(state), ram()
+        if room is not None and room.free < needed + SPARE:
+            log.info("training waits for the checkpoint: no room to copy %s, %s", size_text(needed), room)
+            return None
+        return copied(state)
+
+    def _try(self, state: dict[str, Any], meta: dict[str, Any], regular: bool, best: bool) -> None:
+        what = "not saved"
+        try:
+            if regular:
+                self._save(state, meta)
+            what = "the best checkpoint is not kept"
+            if best:
+                self._keep_best(state, meta)
+        except Exception as error:
+            log.critical("%s at step %d, training goes on: %s", what, meta["step"], error)
+            log.debug("traceback", exc_info=True)
+
+    def _save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+        path = self._write(checkpoints.checkpoint_name(meta["step"]), state, meta)
+        if self.writes:
+            checkpoints.verify(path)
+            checkpoints.rotate(self.folder, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every)
+        self.saved = path
+        return path
+
+    def _keep_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        if not self.writes:
+            return
+        regular = self.folder / checkpoints.checkpoint_name(meta["step"])
+        best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
+        if not _linked(regular, best):
+            checkpoints.verify(self._write(best.name, state, meta))
+        for older in self.folder.glob("checkpoint_best_*.pth"):
+            if older != best:
+                older.unlink(missing_ok=True)
 
     def _write(self, name: str, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         start, path = time.perf_counter(), self.folder / name
@@ -105,6 +161,13 @@ def _linked(path: Path, second: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def copied(state: Any) -> Any:
+    """Nested dicts with each tensor copied into the host's memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    return {key: copied(value) for key, value in state.items()} if isinstance(state, dict) else state
 
 
 def state_bytes(state: Any) -> int:

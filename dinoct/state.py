@@ -51,7 +51,7 @@ def _whole(tensor: Tensor, parallel: Parallel) -> Tensor:
     if parallel.whole:
         return tensor
     tensor = whole(tensor)
-    return tensor.cpu() if parallel.leads else tensor.new_empty(0)
+    return tensor.to("cpu", copy=True) if parallel.leads else tensor.new_empty(0)
 
 
 def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel) -> None:

@@ -18,6 +18,7 @@ from commands import TINY, losses, metrics, run, start
 from torch._inductor.exc import InvalidCxxCompiler
 
 from dinoct import checkpoint as checkpoints
+from dinoct.checkup.machine import Space
 from dinoct.config import CkptConfig
 from dinoct.data.dataset import SliceViews
 from dinoct.engine import Engine
@@ -257,6 +258,7 @@ def test_a_disk_that_fills_and_is_freed_costs_nothing(phantom_root, workplace, w
     assert 5 * saved < 8e6
 
     def fill_and_free(self, batches):
+        self.saver.wait()  # the checkpoints of steps 10 and 20 meet the disk as it was then
         if self.step == 10:
             (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - saved // 2))
         if self.step == 20:
@@ -363,11 +365,65 @@ def test_a_save_that_does_not_verify_deletes_nothing(tmp_path, monkeypatch):
         return size
 
     monkeypatch.setattr(checkpoints, "save", rotten)
-    assert saver.try_save({"w": torch.ones(64)}, {"step": 3}) is None
+    saver.save_behind({"w": torch.ones(64)}, {"step": 3})
+    assert saver.saved_step() == 2
     assert checkpoints.load(good).step == 2
     found, warnings = checkpoints.find_latest([tmp_path])
     assert found.step == 2
     assert "checkpoint_00000003.pth" in warnings[0]
+
+
+def test_a_checkpoint_holds_the_step_it_fell_due_at_while_training_goes_on(
+    phantom_root, workplace, whole, capfd, monkeypatch
+):
+    """Its write begins only when the run is three steps further."""
+    folder, further = workplace / "run", threading.Event()
+    write, update = checkpoints.save, Engine.update
+
+    def held(path, state, meta):
+        assert path.name.startswith("emergency") or further.wait(60), "training waits for the write"
+        return write(path, state, meta)
+
+    def release(self, batches):
+        scalars = update(self, batches)
+        if self.step == 13 and not further.is_set():
+            assert not list(folder.glob("checkpoint_*.pth"))
+            further.set()
+        return scalars
+
+    monkeypatch.setattr(checkpoints, "save", held)
+    monkeypatch.setattr(Engine, "update", release)
+    assert train(phantom_root, folder, "train.max_steps=40", "ckpt.every=10") == 0
+    assert "not saved" not in capfd.readouterr().out
+    assert_equals(folder, whole)
+    assert run("train", f"resume={folder / 'checkpoint_00000010.pth'}", "run_dir=again", *HERE) == 0
+    assert losses(workplace / "again") == losses(whole)[10:]
+    assert_same_weights(workplace / "again" / "checkpoint_00000040.pth", whole / "checkpoint_00000040.pth")
+
+
+def test_without_memory_for_a_copy_training_waits_for_the_checkpoint(
+    phantom_root, workplace, whole, capfd, monkeypatch
+):
+    monkeypatch.setattr("dinoct.saving.ram", lambda: Space(free=1_000_000, total=2_000_000_000))
+    steps, write, update = [], checkpoints.save, Engine.update
+
+    def counted(self, batches):
+        steps.append(self.step)
+        return update(self, batches)
+
+    def slow(path, state, meta):
+        before = len(steps)
+        time.sleep(0.5)
+        assert len(steps) == before
+        return write(path, state, meta)
+
+    monkeypatch.setattr(Engine, "update", counted)
+    monkeypatch.setattr(checkpoints, "save", slow)
+    assert train(phantom_root, workplace / "run", "train.max_steps=40", "ckpt.every=20") == 0
+    out = capfd.readouterr().out
+    assert "no room to copy" in out
+    assert "not saved" not in out
+    assert_equals(workplace / "run", whole)
 
 
 @pytest.mark.parametrize(
