@@ -5,6 +5,7 @@ import math
 from dinoct.console import log
 from dinoct.hardware import Hardware
 from dinoct.plan import RunPlan
+from dinoct.schedules import BEHIND_HORIZON
 from dinoct.validate import EIGHT_BIT, teach
 
 
@@ -36,6 +37,8 @@ def announce(
         horizon,
         math.log(cfg.loss.out_dim),
     )
+    if cfg.train.max_steps is None:
+        log.info(BEHIND_HORIZON, horizon)
     if cfg.train.compile or cfg.optim.moments == EIGHT_BIT:
         log.info("the first step compiles: most of a minute on a machine that has not compiled it before")
     for line in [*plan.warnings, *teach(cfg, batch_size=hardware.batch_size * hardware.processes)]:
@@ -51,6 +54,9 @@ def _announce_resume(plan: RunPlan, hardware: Hardware) -> None:
     log.info("resuming at step %d from %s", plan.checkpoint.step, plan.checkpoint.path)
     for line in plan.changes:
         log.info("  changed: %s", line)
+    limit = plan.cfg.train.max_steps
+    if limit is not None and plan.checkpoint.step >= limit:
+        log.warning("train.max_steps=%d is reached, nothing is left to train: give a larger one", limit)
     if (before["platform"], before["card"]) != (hardware.platform, hardware.card):
         log.warning(
             "platform changed: %s (%s) -> %s (%s); this hardware's settings apply",

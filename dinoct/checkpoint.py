@@ -161,12 +161,23 @@ def step_of(path: Path) -> int:
 
 def rotate(folder: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
     """Delete checkpoints older than the last `keep_last`, except milestones; returns what was deleted."""
-    doomed = list_checkpoints(folder)[:-keep_last]
-    if keep_every:
-        doomed = [path for path in doomed if step_of(path) % keep_every]
-    for path in doomed:
+    steps = {step_of(path): path for path in list_checkpoints(folder)}
+    deleted = [steps[step] for step in doomed(steps, keep_last=keep_last, keep_every=keep_every)]
+    for path in deleted:
         path.unlink(missing_ok=True)
-    return doomed
+    return deleted
+
+
+def doomed(steps: Iterable[int], *, keep_last: int, keep_every: int | None) -> list[int]:
+    """Steps whose checkpoints go: neither of the last `keep_last`, nor the first at or behind a multiple of
+    `keep_every`, of which ``ckpt.every`` need not be a divisor."""
+    gone, span = [], 0
+    for step in sorted(steps)[:-keep_last]:
+        if keep_every and step // keep_every > span:
+            span = step // keep_every
+        else:
+            gone.append(step)
+    return gone
 
 
 def link_final(path: Path) -> Path:

@@ -7,6 +7,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from dinoct.errors import ConfigError, DinoctError
 from dinoct.stopping import hand_on
 
 DONE, ERROR, FAILED = 0, 1, 2
+told: list[str] = []  # what was said of this job's error, for the table of its sweep
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def run_command(
 
     def remember(cfg: DictConfig) -> float | None:
         nonlocal status
+        told.clear()
         sys.argv = list(typed)  # a launcher of jobs runs this in a process that another command started
         try:
             outcome = task(cfg)
@@ -78,9 +81,9 @@ def run_command(
         hydra.main(version_base="1.3", config_path="pkg://dinoct.conf", config_name=config_name)(remember)()
     except Exception as error:
         status = complain(error, schema)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        status = 128 + getattr(interrupt, "signal", signal.SIGINT)
     return status
 
 
@@ -99,7 +102,8 @@ def complain(error: Exception, schema: type) -> int:
             message = message.replace(argument, "source=...").replace(value, "...")
     if os.environ.get("DINOCT_TRACEBACK") == "1":
         traceback.print_exception(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    told.append(" ".join(message.split()))
+    print(f"error: {told[-1]}", file=sys.stderr)
     return ERROR
 
 

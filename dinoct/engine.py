@@ -30,7 +30,7 @@ from dinoct.records import Records, Scalars
 from dinoct.rng import restore_rng, rng_state
 from dinoct.rundir import RunFolder
 from dinoct.saving import Saver
-from dinoct.schedules import Schedules
+from dinoct.schedules import BEHIND_HORIZON, Schedules
 from dinoct.stopping import StopRequest, deaf_to_children
 from dinoct.tracking import Tracker
 
@@ -79,6 +79,7 @@ class Engine:
         self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker)
         self.step = 0
         self.samples_seen = 0
+        self._begun = 0  # the step that this process began with
         self.guard = FiniteGuard(hardware.device, optimizer)
         self._note = StepNote(0, 0, {}, [], {})  # on the current update
         self._forward = self.parallel.wrap(model)
@@ -103,11 +104,13 @@ class Engine:
                 batches = self.stream()
                 while not self._finished() and not self._stops(stop):
                     scalars = self.update(batches)
-                    judged = self.looks.judge(teacher, self.step) if self._due(cfg.eval.every) else {}
-                    self._report(scalars, judged)
+                    if self.step == self.schedules.horizon and not self._finished():
+                        log.warning("%s; resume=auto optim.horizon=N stretches them", BEHIND_HORIZON % self.step)
+                    evaluated = self._due(cfg.eval.every)  # by all ranks, though it may fail on some
+                    self._report(scalars, self.looks.judge(teacher, self.step) if evaluated else {})
                     bar.update(task, completed=self.step)
                     if not self._finished():
-                        self._save(regular=self._due(cfg.ckpt.every), best=bool(judged) and self._improved())
+                        self._save(regular=self._due(cfg.ckpt.every), best=evaluated and self._improved())
                     if self._due(cfg.monitor.every):
                         self.looks.draw(teacher, self.step)
             except NonFiniteError:
@@ -281,7 +284,7 @@ class Engine:
             message = explain(error)
         if not (self.parallel.leads and self.parallel.whole):
             raise TrainingError(f"step {self.step + 1}: {message}") from error
-        if self.step == 0 or self.saver.saved_step() == self.step:
+        if self.step == self._begun or self.saver.saved_step() == self.step:
             raise TrainingError(f"step {self.step + 1}: {message}") from error
         try:  # a failed update moved nothing but the generators
             own = state.own(self.model, self.optimizer, self.parallel, rng=self._rng())
@@ -294,14 +297,14 @@ class Engine:
 
     def _report(self, scalars: Scalars, judged: dict[str, float]) -> None:
         self.records.add(self.step, self.samples_seen, scalars | judged, last=self._finished())
-        if judged or self.records.due(self.step) or self._finished():
+        if self._due(self.cfg.eval.every) or self.records.due(self.step) or self._finished():
             self._flush()
 
     def _flush(self) -> None:
         if self.records.waiting:
             self._settle()
             if self.records.write(self.samples_seen):
-                self.saver.emergency(self.state_dict(), self._meta(emergency=True))
+                self.saver.alarm(self.state_dict(), self._meta(emergency=True))
 
     # --- what is written --------------------------------------------------------------------------------------------
 
@@ -314,13 +317,17 @@ class Engine:
         if checkpoint.path.is_dir():
             shards.load_into(checkpoint, self.model, self.optimizer)
         self.load_state_dict(checkpoint.state, checkpoint.meta)
+        self.saver.resume(checkpoint.path)
         checkpoint.state = {}
 
     def load_state_dict(self, saved: dict[str, Any], meta: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
         state.restore(saved, self.model, self.optimizer, self.parallel)
         self.records.anomalies.load(meta["anomalies"])
-        self.step, self.samples_seen = meta["step"], meta["samples_seen"]
+        self.step = self._begun = meta["step"]
+        self.samples_seen = meta["samples_seen"]
+        if meta["config"]["loss"]["gram"]["teacher"] != self.cfg.loss.gram.teacher:
+            self.model.forget_gram_teacher()
         self.looks.resume(meta.get("best_rank"))
 
     def _meta(self, *, emergency: bool = False) -> dict[str, Any]:

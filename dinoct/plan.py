@@ -110,9 +110,9 @@ def _find_job(plan: RunPlan, job: str) -> None:
     folder = RunFolder(Path(plan.run_dir))
     plan.job, plan.requeued = job, folder.read_config().get("job") == job
     if plan.requeued:
-        from dinoct.checkpoint import list_checkpoints
+        from dinoct.resume import has_checkpoint
 
-        plan.cfg.resume = str(folder.path) if list_checkpoints(folder.path) else plan.cfg.resume
+        plan.cfg.resume = str(folder.path) if has_checkpoint(folder.path) else plan.cfg.resume
 
 
 def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> None:
@@ -132,6 +132,7 @@ def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> No
     validate(plan.cfg)
     resume.check_shapes(stored, plan.config_dict())
     plan.changes = resume.changes(stored, plan.config_dict())
-    plan.choices = checkpoint.meta["choices"] | {key: plan.choices[key] for key in ("hardware", "parallel")}
+    chosen = ("hardware", "parallel", *(group for group in plan.choices if group in plan.typed))
+    plan.choices = checkpoint.meta["choices"] | {group: plan.choices[group] for group in chosen}
     plan.checkpoint = checkpoint
     plan.run_dir = str(Path(plan.run_dir or checkpoint.path.parent).absolute())

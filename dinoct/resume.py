@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -11,7 +12,7 @@ from dinoct.checkpoint import Checkpoint, find_latest, list_checkpoints, load
 from dinoct.config import TrainConfig
 from dinoct.errors import CheckpointError, ConfigError
 from dinoct.rundir import RUNS, newest_runs
-from dinoct.shards import is_sharded
+from dinoct.shards import is_sharded, list_sharded
 
 FRESH = (
     "hardware",
@@ -52,10 +53,15 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
     if found is None:
         place = folders[0] if folders else RUNS
         skipped = f" ({'; '.join(warnings)})" if warnings else ""
-        older = next((str(run) for run in runs[1:] if list_checkpoints(run)), None) if resume == "auto" else None
+        older = next((str(run) for run in runs[1:] if has_checkpoint(run)), None) if resume == "auto" else None
         hint = f"; an older run is resumed by name: resume={older}" if older else ""
         raise CheckpointError(f"resume={resume}: no usable checkpoint in {place}{skipped}{hint}")
     return found, warnings
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run folder holds a checkpoint, of one file or of shares."""
+    return bool(list_checkpoints(folder) or list_sharded(folder))
 
 
 def merge_config(
@@ -95,12 +101,19 @@ def merge_config(
                 continue
             keys = [k for k in now if now[k] != before.get(k)] if key == "experiment" else _below(now, key)
         else:
-            keys = _below(now, key)
+            keys = [key] if key in now else _typed_below(override)
         for name in keys:
             OmegaConf.update(base, name, now[name])
     for key in FRESH:
         OmegaConf.update(base, key, OmegaConf.select(composed, key), merge=False)
     return OmegaConf.to_object(base)
+
+
+def _typed_below(override: str) -> list[str]:
+    """The settings that ``train={max_steps:6}`` names, not all that there are under train."""
+    parsed = OverridesParser.create().parse_override(override)
+    value = parsed.value()
+    return list(flatten(value, f"{parsed.key_or_group}.")) if isinstance(value, dict) else []
 
 
 def _below(flat: Mapping[str, Any], key: str) -> list[str]:
@@ -140,6 +153,10 @@ def check_shapes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
         wrong.append(f"loss.ibot.weight={new['loss.ibot.weight']} (checkpoint: {old.get('loss.ibot.weight')})")
     if (old.get("loss.gram.teacher") == "ema") != (new["loss.gram.teacher"] == "ema"):
         wrong.append(f"loss.gram.teacher={new['loss.gram.teacher']} (checkpoint: {old.get('loss.gram.teacher')})")
+    if old.get("model.init_from") != new["model.init_from"]:
+        raise ConfigError(
+            f"model.init_from={new['model.init_from']} starts a new run, and resume goes on with one: leave one out"
+        )
     if wrong:
         raise ConfigError(
             f"cannot resume with {', '.join(wrong)}: leave it out to go on, "

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,8 @@ from dinoct.parallel import Parallel
 from dinoct.plan import RunPlan
 from dinoct.rundir import RUNS, RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
-from dinoct.schedules import ENDLESS_HORIZON, Schedules
+from dinoct.schedules import BEHIND_HORIZON, ENDLESS_HORIZON, Schedules
+from dinoct.stopping import interruptible
 from dinoct.tracking import Tracker, build_tracker
 from dinoct.validate import EIGHT_BIT
 
@@ -190,6 +191,20 @@ def _follow(plan: RunPlan, hardware: Hardware, data: tuple, parallel: Parallel) 
 
 
 def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder, parallel: Parallel) -> Outcome:
+    with interruptible() if parallel.world == 1 else nullcontext():  # the launcher of several ends them by SIGTERM
+        engine, tracker = _made_ready(plan, hardware, data, folder, parallel)
+    try:
+        result = engine.fit()
+    finally:
+        tracker.close()
+    folder.set_state("stopped" if result.exit_status else "done", result.step)
+    return Outcome(result.exit_status, result.mean_percentile_rank)
+
+
+def _made_ready(
+    plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder, parallel: Parallel
+) -> tuple[Engine, Tracker]:
+    """The run as it stands before its first step: announced, written down in its folder, tracked."""
     cfg, checkpoint = plan.cfg, plan.checkpoint
     train_index, _, _, manifest = data
     if cfg.tracker.group is None:  # a run that is in no sweep makes a group with its evaluations
@@ -221,12 +236,7 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder, pa
         | {"machine": meta["hardware"]},
         resume_step=checkpoint.step if plan.resumes_in_place else 0,
     )
-    try:
-        result = _engine(plan, hardware, data, parts, folder, tracker, meta).fit()
-    finally:
-        tracker.close()
-    folder.set_state("stopped" if result.exit_status else "done", result.step)
-    return Outcome(result.exit_status, result.mean_percentile_rank)
+    return _engine(plan, hardware, data, parts, folder, tracker, meta), tracker
 
 
 def _announce(plan: RunPlan, hardware: Hardware, parts: _Parts, data: tuple) -> None:
@@ -250,13 +260,9 @@ def _check_before(
     leaked = held_out & frozenset(meta["train_patients"])
     if leaked:
         log.warning("%d held-out patients were trained on before the resume: dinoct-eval will refuse", len(leaked))
-    if checkpoint is not None and (plan.cfg.train.max_steps or 0) > parts.horizon:
-        log.warning(
-            "the schedules end at step %d: behind it the learning rate is optim.min_lr and the teacher stands still; "
-            "optim.horizon=%d stretches them",
-            parts.horizon,
-            plan.cfg.train.max_steps,
-        )
+    if checkpoint is not None and (plan.cfg.train.max_steps or checkpoint.step + 1) > parts.horizon:
+        longer = plan.cfg.train.max_steps or 2 * parts.horizon
+        log.warning("%s; optim.horizon=%d stretches them", BEHIND_HORIZON % parts.horizon, longer)
     size = state_bytes(parts.model.state_dict())
     size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)

@@ -86,7 +86,13 @@ def _fresh_folder(parent: Path) -> Path:
 
 
 def newest_runs(parent: Path = RUNS) -> list[Path]:
-    """Run folders, newest first by their names' time stamps."""
-    if not parent.is_dir():
-        return []
-    return sorted((path for path in parent.iterdir() if (path / "config.json").is_file()), reverse=True)
+    """Run folders, the one that was made last first, whatever they are called."""
+    runs = [path for path in parent.iterdir() if (path / "config.json").is_file()] if parent.is_dir() else []
+    return sorted(runs, key=lambda path: (_created(path), path.name), reverse=True)
+
+
+def _created(path: Path) -> str:
+    """When a run began, as its config.json says; of a broken one, when that was written."""
+    config = RunFolder(path).read_config()
+    written = time.localtime((path / "config.json").stat().st_mtime)
+    return str(config.get("created") or time.strftime("%Y-%m-%dT%H:%M:%S", written))

@@ -36,6 +36,12 @@ class Saver:
         self.writes = self.parallel.leads
         self.saved: Path | None = None  # the newest ``checkpoint_{step}.pth`` that was read back
         self._writer: Thread | None = None
+        self._alarms: list[Path] = []
+
+    def resume(self, path: Path) -> None:
+        """The run goes on from a checkpoint: in its own folder, that one need not be written again."""
+        own = self.folder / path.name
+        self.saved = own if own in checkpoints.list_checkpoints(self.folder) and own.samefile(path) else None
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.
@@ -84,22 +90,36 @@ class Saver:
             log.critical("not saved at step %d, training goes on: %s", meta["step"], error)
             return
         log.info("saved %s (%d shares, %.1f s)", path.name, self.parallel.world, time.perf_counter() - start)
-        for older in shards.list_sharded(self.folder)[: -self.cfg.keep_last] if self.parallel.leads else []:
-            shutil.rmtree(older, ignore_errors=True)
+        if self.parallel.leads:
+            steps = {shards.step_of(path): path for path in shards.list_sharded(self.folder)}
+            for step in checkpoints.doomed(steps, keep_last=self.cfg.keep_last, keep_every=self.cfg.keep_every):
+                shutil.rmtree(steps[step], ignore_errors=True)
 
     def keep_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Keep the state as ``checkpoint_best_{step}.pth`` in place of the older best; a failure is reported."""
         self.wait()
         self._try(state, meta, False, True)
 
-    def emergency(self, state: dict[str, Any], meta: dict[str, Any]) -> Path | None:
-        """Write ``emergency_{step}.pth``, outside the rotation; never raises: something went wrong already."""
+    def emergency(self, state: dict[str, Any], meta: dict[str, Any], *, leaving: int = 0) -> Path | None:
+        """Write ``emergency_{step}.pth``, outside the rotation; never raises: something went wrong already.
+
+        Args:
+            leaving: checkpoints for which the disk must have room behind it.
+        """
         self.wait()
         try:
-            return self._write(f"emergency_{meta['step']:08d}.pth", state, meta)
+            return self._write(f"emergency_{meta['step']:08d}.pth", state, meta, leaving=leaving)
         except CheckpointError as error:
             log.critical("no emergency checkpoint: %s", error)
             return None
+
+    def alarm(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """`emergency` at a sign of collapse. Signs come and go: the first and the newest are kept, and the disk's last
+        room is left to the checkpoints."""
+        if path := self.emergency(state, meta, leaving=1):
+            self._alarms.append(path)
+            if len(self._alarms) > 2:
+                self._alarms.pop(1).unlink(missing_ok=True)
 
     def _copied(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """The state as of now in the host's memory, whatever training does next; None where there is no room."""
@@ -142,11 +162,11 @@ class Saver:
             if older != best:
                 older.unlink(missing_ok=True)
 
-    def _write(self, name: str, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+    def _write(self, name: str, state: dict[str, Any], meta: dict[str, Any], *, leaving: int = 0) -> Path:
         start, path = time.perf_counter(), self.folder / name
         if not self.writes:
             return path
-        check_space(self.folder, state_bytes(state))
+        check_space(self.folder, state_bytes(state), leaving=leaving)
         size = checkpoints.save(path, state, meta)
         log.info("saved %s (%.1f MB, %.1f s)", name, size / 1e6, time.perf_counter() - start)
         return path
@@ -177,13 +197,19 @@ def state_bytes(state: Any) -> int:
     return sum(map(state_bytes, state.values())) if isinstance(state, dict) else 0
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise CheckpointError where the disk of `folder` has less than `needed` bytes, and a little more, free."""
+def check_space(folder: Path, needed: int, *, leaving: int = 0) -> None:
+    """Raise CheckpointError where the disk of `folder` has less than `needed` bytes, and a little more, free.
+
+    Args:
+        folder: that exists.
+        needed: bytes of a checkpoint.
+        leaving: further ones that must fit behind it.
+    """
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
-    if free < HEADROOM * needed:
+    if free < HEADROOM * (1 + leaving) * needed:
         raise CheckpointError(
             f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes {needed / 1e9:.1f} GB: free some space, "
             "lower ckpt.keep_last, or take run_dir on another disk"

@@ -5,6 +5,10 @@ import math
 from dinoct.config import DinoConfig, OptimConfig
 
 ENDLESS_HORIZON = 100_000  # length of the schedules of a run that goes on until it is stopped
+BEHIND_HORIZON = (
+    "the schedules end at step %d: behind it the learning rate is optim.min_lr and the teacher, whose momentum is "
+    "optim.teacher_momentum_end, hardly moves or stands still"
+)
 
 
 def cosine(step: int, *, horizon: int, start: float, end: float, warmup: int = 0) -> float:

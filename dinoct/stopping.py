@@ -12,6 +12,31 @@ from types import FrameType
 ON_LOAN = (signal.SIGUSR1, signal.SIGUSR2)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal other than Ctrl+C, which interrupts as that does."""
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by signal {number} before the first step: nothing was trained")
+        self.signal = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt what is made ready, as Ctrl+C does: it has no state to save yet."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class StopRequest:
     """While active, SIGINT, SIGTERM and SIGHUP only ask for a stop; a second SIGINT interrupts at once.
 

@@ -122,6 +122,21 @@ class Wandb:
         self.run.finish()
 
 
+def open_wandb(cfg: TrackerConfig, folder: Path, **run: Any) -> Wandb:
+    """W&B; offline where its server cannot be reached. A key that is missing is an error."""
+    import wandb
+
+    try:
+        return Wandb(cfg, folder, **run)
+    except wandb.errors.CommError as error:
+        if cfg.wandb != "online" or isinstance(error, wandb.errors.AuthenticationError):
+            raise
+        wandb.teardown()  # its service holds the run's id as in use
+        reason = " ".join(str(error).split())[:160]
+        log.warning("W&B cannot be reached and writes offline, wandb sync sends it later: %s", reason)
+        return Wandb(replace(cfg, wandb="offline"), folder, **run)
+
+
 class Tracker:
     """Passes every record to all sinks.
 
@@ -168,7 +183,7 @@ def build_tracker(
     if cfg.tensorboard:
         sinks.append(TensorBoard(folder / "tb", resume_step=resume_step))
     if cfg.wandb != "disabled":
-        sinks.append(Wandb(cfg, folder, run_id=run_id, config=config, job_type="train"))
+        sinks.append(open_wandb(cfg, folder, run_id=run_id, config=config, job_type="train"))
     return Tracker(record, sinks)
 
 
@@ -188,7 +203,7 @@ def track_evaluation(
         return
     group = cfg.group or meta["config"]["tracker"].get("group") or run
     cfg = replace(cfg, group=group, name=cfg.name or f"{run}-eval")
-    tracker = Tracker(None, [Wandb(cfg, folder, run_id=None, config=meta["config"], job_type="eval")])
+    tracker = Tracker(None, [open_wandb(cfg, folder, run_id=None, config=meta["config"], job_type="eval")])
     tracker.log(report["step"], {f"Eval/{k}": float(v) for k, v in report.items() if isinstance(v, float | bool)})
     tracker.images(report["step"], {"Eval/summary": picture})
     tracker.close()

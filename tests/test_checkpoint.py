@@ -104,6 +104,14 @@ def test_rotation_keeps_the_last_and_the_milestones(tmp_path):
     assert emergency.exists()
 
 
+def test_milestones_need_not_be_multiples_of_what_is_saved(tmp_path):
+    for step in range(300, 6001, 300):
+        (tmp_path / checkpoints.checkpoint_name(step)).touch()
+        checkpoints.rotate(tmp_path, keep_last=2, keep_every=1000)
+    kept = [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)]
+    assert kept == [1200, 2100, 3000, 4200, 5100, 5700, 6000]
+
+
 def test_the_final_checkpoint_is_a_link(tmp_path):
     path = write(tmp_path, 384)
     final = link_final(path)

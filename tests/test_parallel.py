@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,40 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(phantom_root, workplace):
     train(phantom_root, folder, f"resume={folder}", "train.batch_size=8", f"train.max_steps={last + 2}")
     steps = [row["step"] for row in metrics(folder)]
     assert steps == list(range(1, last + 3))
+
+
+FAILS_ON_ONE_RANK = """
+import os
+from dinoct.looks import Looks
+judge = Looks._judge
+
+def broken(self, backbone, step):
+    if os.environ.get("RANK") == "0" and step == 2:
+        raise OSError(5, "Input/output error")
+    return judge(self, backbone, step)
+
+Looks._judge = broken
+if __name__ == "__main__":
+    from dinoct.train import cli
+    cli()
+"""
+
+
+def test_an_evaluation_that_fails_on_one_rank_does_not_hold_up_the_others(phantom_root, workplace):
+    (workplace / "broken.py").write_text(FAILS_ON_ONE_RANK)
+    typed = [*TINY, f"data.root={phantom_root}", "run_dir=run", *ranks("ddp", 4)]
+    length = ["train.max_steps=4", "eval.every=2", "eval.n=8", "ckpt.every=2"]
+    process = subprocess.Popen(
+        [sys.executable, "broken.py", *typed, *length],
+        cwd=workplace, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    finally:
+        end(process)
+    assert process.returncode == 0, err
+    assert "judge failed at step 2, training goes on" in out
+    assert "Eval/mean_percentile_rank" in metrics(workplace / "run")[3]
 
 
 def test_a_stop_is_for_all_ranks(phantom_root, workplace):

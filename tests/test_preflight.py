@@ -365,6 +365,9 @@ def test_a_resume_keeps_the_effective_batch_and_on_the_same_card_the_batch(card,
     other = same | {"platform": "rocm", "card": "another", "batch_size": 64, "accumulation_steps": 1}
     found = fit_batch(plan_of(cfg, before=other), hardware, model, slices=1000)
     assert (found.batch_size, found.accumulation_steps) == (32, 2)
+    four = same | {"batch_size": 64, "accumulation_steps": 1, "processes": 4}  # of four ranks: 256 slices
+    found = fit_batch(plan_of(cfg, before=four), hardware, model, slices=1000)
+    assert (found.batch_size, found.accumulation_steps) == (32, 8)
     again = fit_batch(plan_of(cfg, before=same, typed=("train.batch_size",)), hardware, model, slices=1000)
     assert again.batch_size == 32
 

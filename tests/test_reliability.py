@@ -373,6 +373,37 @@ def test_a_save_that_does_not_verify_deletes_nothing(tmp_path, monkeypatch):
     assert "checkpoint_00000003.pth" in warnings[0]
 
 
+def test_alarms_that_come_and_go_do_not_fill_the_disk(tmp_path, capfd, monkeypatch):
+    """The first and the newest are kept, those of an earlier process too, and never in the place of a checkpoint."""
+    (tmp_path / "emergency_00000001.pth").touch()
+    saver, state = Saver(tmp_path, CkptConfig()), {"w": torch.ones(64)}
+    for step in (2, 4, 6, 8):
+        saver.alarm(state, {"step": step})
+    assert sorted(int(path.stem[-8:]) for path in tmp_path.iterdir()) == [1, 2, 8]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("dinoct.saving.shutil.disk_usage", lambda _: usage._replace(free=400))
+    saver.alarm(state, {"step": 10})  # 256 bytes, and a checkpoint has as many
+    saver.save(state, {"step": 10})
+    assert sorted(int(path.stem[-8:]) for path in tmp_path.iterdir()) == [1, 2, 8, 10]
+
+
+def test_a_first_step_that_fails_leaves_the_checkpoint_that_was_resumed(phantom_root, workplace, whole, monkeypatch):
+    """With the settings that failed in it, no later resume would come back to the run's own."""
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=2", "optim.horizon=40") == 0
+    before = (folder / "checkpoint_00000002.pth").read_bytes()
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfDistillation, "forward", full)
+        assert run("train", f"resume={folder}", "train.batch_size=64", "train.max_steps=40", *HERE) == 1
+    assert (folder / "checkpoint_00000002.pth").read_bytes() == before
+    assert run("train", f"resume={folder}", "train.max_steps=40", *HERE) == 0
+    assert_equals(folder, whole)
+
+
 def test_a_checkpoint_holds_the_step_it_fell_due_at_while_training_goes_on(
     phantom_root, workplace, whole, capfd, monkeypatch
 ):
@@ -487,6 +518,18 @@ def test_killed_fifty_times_ends_with_the_same_weights(phantom_root, workplace, 
     kill_and_restart(phantom_root, workplace, whole, kills=50, seed=1)
 
 
+def test_a_signal_before_the_first_step_leaves_no_run_that_seems_to_go_on(phantom_root, workplace, capfd, monkeypatch):
+    def while_it_is_made_ready(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("dinoct.run.build_tracker", while_it_is_made_ready)
+    assert train(phantom_root, workplace / "run", "train.max_steps=40") == 143
+    assert capfd.readouterr().err == "interrupted by signal 15 before the first step: nothing was trained\n"
+    assert json.loads((workplace / "run" / "config.json").read_text())["state"] == "failed"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_nohup_is_heeded(phantom_root, workplace):
     """A hang-up does nothing to a run that was started to ignore it."""
     command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=12"]
@@ -519,8 +562,25 @@ def test_a_console_that_vanishes_does_not_end_the_run(phantom_root, workplace):
 def test_going_on_behind_the_schedules_is_said(phantom_root, workplace, capfd):
     folder = workplace / "run"
     assert train(phantom_root, folder, "train.max_steps=2") == 0
+    assert "the schedules end" not in capfd.readouterr().out
     assert run("train", f"resume={folder}", "train.max_steps=4", *HERE) == 0
     assert "the schedules end at step 2" in capfd.readouterr().out
+
+
+def test_a_run_without_end_says_when_its_schedules_end(phantom_root, workplace):
+    """Before it starts, on the way, and when it goes on behind them."""
+    command, folder = [*TINY, f"data.root={phantom_root}", "train.max_steps=null"], workplace / "run"
+    for typed, said in (([*command, "optim.horizon=5", "run_dir=run"], 2), (["resume=run", *HERE], 2)):
+        process = start("train", *typed, cwd=workplace)
+        try:
+            wait_for_step(process, folder, 8 if "resume=run" not in typed else len(losses(folder)) + 2)
+            process.terminate()
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 143, err
+        assert out.count("the schedules end at step 5: behind it the learning rate is optim.min_lr") == said
+    assert "optim.horizon=10 stretches them" in out
 
 
 def test_config_survives_and_names_every_resume(phantom_root, workplace, whole, capfd):

@@ -169,6 +169,43 @@ def test_resume_takes_what_was_typed_and_keeps_the_rest(phantom_root, workplace)
     assert set(config["history"][1]["changes"]) == {"train.max_steps: 2 -> 3", "optim.clip: 3.0 -> 1.0"}
 
 
+def test_a_choice_that_was_changed_on_the_way_can_be_changed_back(phantom_root, workplace):
+    folder, here = workplace / "run", ["hardware=cpu", "hardware.num_workers=0"]
+    assert train(phantom_root, folder, "train.max_steps=1", "optim.horizon=8") == 0
+    smaller = ["aug=multicrop", "aug.local_crops=2", "aug.local_size=16"]
+    for steps, typed in enumerate((smaller, ["aug=multicrop"], ["aug=spatial_strong"]), start=2):
+        assert run("train", f"resume={folder}", f"train.max_steps={steps}", *typed, *here) == 0
+        config = json.loads((folder / "config.json").read_text())
+        now = config["config"]["aug"]
+        assert now["name"] == config["choices"]["aug"] == typed[0].removeprefix("aug=")
+        assert now["local_crops"] == (2 if now["name"] == "multicrop" else 0)  # typed again it brings no default back
+
+
+def test_settings_typed_as_one_leave_the_others(phantom_root, workplace):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1", "optim.horizon=8") == 0
+    assert run("train", f"resume={folder}", "train={max_steps:2}", "hardware=cpu", "hardware.num_workers=0") == 0
+    assert json.loads((folder / "config.json").read_text())["history"][1]["changes"] == ["train.max_steps: 1 -> 2"]
+
+
+def test_other_weights_to_start_from_are_refused_at_a_resume(phantom_root, workplace, capfd):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1") == 0
+    capfd.readouterr()
+    assert run("train", f"resume={folder}", "model.init_from=other.pth", "hardware=cpu") == 1
+    assert "model.init_from=other.pth starts a new run" in capfd.readouterr().err
+
+
+def test_another_rule_for_the_gram_teacher_counts_from_the_resume_on(phantom_root, workplace):
+    """By the lagged rule it had been taken; the snapshot is still to come, and the EMA teacher stands in."""
+    folder, length = workplace / "run", ["optim.horizon=10", "loss.gram.snapshot_at=0.6", "optim.teacher_momentum=0.5"]
+    assert train(phantom_root, folder, "train.max_steps=4", "loss.gram.teacher=lagged", *length) == 0
+    typed = ["loss.gram.teacher=snapshot", "train.max_steps=8", "hardware=cpu", "hardware.num_workers=0"]
+    assert metrics(folder)[-1]["Train/gram_teacher_age"] < 4
+    assert run("train", f"resume={folder}", *typed) == 0
+    assert [row["Train/gram_teacher_age"] for row in metrics(folder)[4:]] == [0, 0, 1, 2]
+
+
 def test_resume_on_another_device_profile_keeps_schedule_and_order(phantom_root, workplace):
     folder = workplace / "run"
     length = ["train.max_steps=2", "optim.horizon=4", "train.accumulation_steps=2"]
@@ -216,7 +253,9 @@ def test_a_sweep_makes_a_folder_per_value_and_a_table(phantom_root, workplace, c
 def test_one_failed_job_does_not_stop_a_sweep(phantom_root, workplace, capfd):
     arguments = [*TINY, f"data.root={phantom_root}", "train.max_steps=1", "loss.gram.weight=0,1"]
     assert run("train", "-m", *arguments) == 1
-    assert "loss.gram.weight=0 is refused" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "loss.gram.weight=0 is refused" in said.err
+    assert "failed: loss.gram.weight=0 is refused" in " ".join(said.out.split())  # under the table
     (sweep,) = (workplace / "outputs" / "sweeps").iterdir()
     assert len(list(sweep.glob("*/checkpoint_final_*.pth"))) == 1
 
@@ -272,6 +311,16 @@ def test_a_finished_run_is_not_overwritten(phantom_root, workplace, capfd):
     assert "holds a run already" in capfd.readouterr().err
 
 
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(phantom_root, workplace, capfd):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1") == 0
+    before = (folder / "checkpoint_00000001.pth").stat().st_ino
+    assert run("train", f"resume={folder}", "hardware=cpu", "hardware.num_workers=0") == 0
+    assert "train.max_steps=1 is reached, nothing is left to train" in capfd.readouterr().out
+    assert (folder / "checkpoint_00000001.pth").stat().st_ino == before
+    assert (folder / "checkpoint_final_00000001.pth").stat().st_ino == before
+
+
 def test_going_back_in_place_keeps_what_comes_after_aside(phantom_root, workplace):
     """Resumed from an older file: the later ones are renamed, the new ones stay, and auto follows the new line."""
     folder = workplace / "outputs" / "runs" / "20260101_000000"
@@ -321,6 +370,17 @@ def test_auto_means_the_newest_run_and_says_so_when_it_has_nothing(phantom_root,
     err = capfd.readouterr().err
     assert "no usable checkpoint in outputs/runs/20260102_000000" in err
     assert "resume=outputs/runs/20260101_000000" in err
+
+
+def test_auto_means_the_run_that_was_begun_last_whatever_its_name(phantom_root, workplace, capfd):
+    runs = workplace / "outputs" / "runs"
+    for name, created in (("pilot", "2026-01-01T00:00:00"), ("20260102_000000", "2026-01-02T00:00:00")):
+        assert train(phantom_root, runs / name, "train.max_steps=1") == 0
+        config = json.loads((runs / name / "config.json").read_text())
+        (runs / name / "config.json").write_text(json.dumps(config | {"created": created}))
+    capfd.readouterr()
+    assert run("train", "resume=auto", "train.max_steps=2", "hardware=cpu", "hardware.num_workers=0") == 0
+    assert "resuming at step 1 from outputs/runs/20260102_000000/" in capfd.readouterr().out
 
 
 def test_other_hardware_keeps_the_effective_batch(phantom_root, workplace):

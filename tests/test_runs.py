@@ -351,7 +351,7 @@ def test_a_job_that_was_refused_stands_in_the_sweeps_table(phantom_root, workpla
     assert (done["state"], done["step"], done["loss.gram.weight"]) == ("done", "1", "1.0")
     assert (refused["state"], refused["loss.gram.weight"], refused["rank"]) == ("failed", "0.0", "")
     assert float(done["rank"]) < 1
-    assert "0 failed: before it began" in out
+    assert "0 failed: loss.gram.weight=0 is refused" in " ".join(out.split())
     assert main(["outputs"]) == 0
     out = capfd.readouterr().out
     assert f"sweeps/{sweep.name}/1" in out.replace("\n", "")

@@ -69,6 +69,34 @@ def test_wandb_offline_runs_read_back(logged):
     assert "Train/Entropy_Teacher" in texts[1]
 
 
+def test_a_server_that_cannot_be_reached_makes_wandb_write_offline(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    init, modes = wandb.init, []
+
+    def unreachable(*, mode: str, **settings):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("connection refused")
+        return init(mode=mode, **settings)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    cfg = TrackerConfig(wandb="online", tensorboard=False)
+    tracker = build_tracker(cfg, tmp_path, run_id="abcd1234", config={})
+    tracker.log(1, {"loss/total": 1.0})
+    tracker.close()
+    assert modes == ["online", "offline"]
+    assert "connection refused" in caplog.text
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-abcd1234.wandb"))
+
+    def refused(**_):
+        raise wandb.errors.AuthenticationError("invalid key")
+
+    monkeypatch.setattr(wandb, "init", refused)  # a key that is wrong is for the user to know before the run
+    with pytest.raises(wandb.errors.AuthenticationError):
+        build_tracker(cfg, tmp_path, run_id="abcd1234", config={})
+
+
 def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     """A refused write, or half a one, leaves no half line; the records come with the next one that fits."""
     path = tmp_path / "metrics.jsonl"

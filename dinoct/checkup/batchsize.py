@@ -46,9 +46,10 @@ def fit_batch(plan: RunPlan, hardware: Hardware, model: SelfDistillation, *, sli
     effective = EFFECTIVE_BATCH
     accumulation = cfg.train.accumulation_steps
     if before and "train.accumulation_steps" not in plan.typed:
-        effective, accumulation = before["batch_size"] * before["accumulation_steps"], None
-        here = (hardware.platform, hardware.card)
-        if (before["platform"], before["card"]) == here and "train.batch_size" not in plan.typed:
+        ranks = before.get("processes", 1)
+        effective, accumulation = before["batch_size"] * before["accumulation_steps"] * ranks, None
+        here = (hardware.platform, hardware.card, 1)
+        if (before["platform"], before["card"], ranks) == here and "train.batch_size" not in plan.typed:
             reasons = hardware.reasons | {"batch_size": "auto: as it was found on this card"}
             found = {key: before[key] for key in ("batch_size", "accumulation_steps")}
             return replace(hardware, **found, reasons=reasons)

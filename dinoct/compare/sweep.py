@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dinoct.cli import ERROR
+from dinoct.cli import ERROR, told
 from dinoct.compare.differ import every_column, sort_runs, unfair
 from dinoct.compare.read import NOT_BEGUN, flatten, read_run
 from dinoct.compare.table import as_csv, print_table, say
@@ -41,6 +41,7 @@ class SweepSummary(Callback):
             "choices": {group: str(choices[group]) for group in (*OWN_GROUPS, "experiment")},
             "settings": {key: value for key, value in settings.items() if key in typed},
         }
+        note |= {"error": told[-1]} if told else {}
         (folder / NOT_BEGUN).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

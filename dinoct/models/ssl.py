@@ -215,6 +215,11 @@ class SelfDistillation(nn.Module):
             self.gram_taken_at.fill_(step)
             self._taken_at = step
 
+    def forget_gram_teacher(self) -> None:
+        """It was taken by the rule of another ``loss.gram.teacher``: by this one's, none was taken yet."""
+        self.gram_taken_at.zero_()
+        self._taken_at = None
+
     def taken_at(self) -> int:
         """The step at which the Gram teacher was taken, as the host knows it; 0: at the start."""
         if self._taken_at is None:
