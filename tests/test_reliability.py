@@ -25,6 +25,7 @@ from dinoct.engine import Engine
 from dinoct.faults import explain, is_lost_rank, is_out_of_memory
 from dinoct.guard import FiniteGuard
 from dinoct.models.ssl import SelfDistillation
+from dinoct.resume import has_checkpoint
 from dinoct.saving import Saver
 from dinoct.stopping import StopRequest
 
@@ -385,6 +386,18 @@ def test_alarms_that_come_and_go_do_not_fill_the_disk(tmp_path, capfd, monkeypat
     saver.alarm(state, {"step": 10})  # 256 bytes, and a checkpoint has as many
     saver.save(state, {"step": 10})
     assert sorted(int(path.stem[-8:]) for path in tmp_path.iterdir()) == [1, 2, 8, 10]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_milestones_are_kept_of_shares_too_and_found_by_a_requeued_job(tmp_path):
+    saver, state = (
+        Saver(tmp_path, CkptConfig(keep_last=1, keep_every=2)),
+        {"model": {"w": torch.ones(4)}, "optimizer": {}},
+    )
+    for step in range(1, 6):
+        saver.try_save_shards(state, {"rng": {}}, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"sharded_{step:08d}" for step in (2, 4, 5)]
+    assert has_checkpoint(tmp_path)
 
 
 def test_a_first_step_that_fails_leaves_the_checkpoint_that_was_resumed(phantom_root, workplace, whole, monkeypatch):
