@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -78,6 +79,13 @@ def save(path: Path, state: dict[str, Any], meta: dict[str, Any]) -> int:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what a process that was killed in a save left of it; nobody may be writing checkpoints here."""
+    for pattern in (".checkpoint_*.pth.tmp-*", ".emergency_*.pth.tmp-*", ".sharded_*.tmp"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

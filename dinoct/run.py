@@ -68,6 +68,7 @@ def execute(plan: RunPlan, parallel: Parallel | None = None) -> Outcome:
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place or plan.requeued)
     with folder, run_log(folder.path / "train.log"):
         try:
+            checkpoints.sweep_temporary(folder.path)
             return _train(plan, hardware, data, folder, parallel)
         except (DinoctError, KeyboardInterrupt) as error:
             log.debug("failed", exc_info=True)

@@ -19,6 +19,7 @@ from dinoct.checkup.machine import ram, size_text
 from dinoct.config import CkptConfig
 from dinoct.console import log
 from dinoct.errors import CheckpointError
+from dinoct.faults import is_out_of_memory
 from dinoct.parallel import Parallel
 
 HEADROOM = 1.05
@@ -81,7 +82,7 @@ class Saver:
         return None if self.saved is None else checkpoints.step_of(self.saved)
 
     def try_save_shards(self, state: dict[str, Any], generators: dict[str, Any], meta: dict[str, Any]) -> None:
-        """`try_save` of the ranks' shares (`dinoct.shards`); every rank must call."""
+        """Write the ranks' shares (`dinoct.shards`) while training waits; all must call. A failure is reported."""
         start = time.perf_counter()
         try:
             path = shards.save(self.folder, state, generators, meta, self.parallel)
@@ -126,10 +127,14 @@ class Saver:
         if not self.writes or not self.parallel.whole:
             return state  # nobody reads it, or it was put together from shares and is nobody else's
         needed, room = state_bytes(state), ram()
-        if room is not None and room.free < needed + SPARE:
-            log.info("training waits for the checkpoint: no room to copy %s, %s", size_text(needed), room)
-            return None
-        return copied(state)
+        try:
+            if room is None or room.free >= needed + SPARE:
+                return copied(state)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        log.info("training waits for the checkpoint: no room to copy %s, %s", size_text(needed), room or "")
+        return None
 
     def _try(self, state: dict[str, Any], meta: dict[str, Any], regular: bool, best: bool) -> None:
         what = "not saved"

@@ -143,6 +143,20 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_kill_left_of_a_save_is_swept_away(tmp_path):
+    for name in (
+        ".checkpoint_00000001.pth.tmp-1",
+        ".emergency_00000001.pth.tmp-22",
+        "checkpoint_00000001.pth",
+        ".lock",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / ".sharded_00000001.tmp").mkdir()
+    (tmp_path / ".sharded_00000001.tmp" / "__0_0.distcp").touch()
+    checkpoints.sweep_temporary(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint_00000001.pth"]
+
+
 def test_format_1_is_migrated(tmp_path):
     """What an earlier version wrote still loads, with what it lacks filled in."""
     path = tmp_path / "checkpoint_00000001.pth"
