@@ -65,6 +65,7 @@ PARTS: dict[int, list[tuple[str, list[str]]]] = {
     6: rows(GIANT_64, "checkpointed", "checkpointed, FSDP2 on one card"),
 }
 TAKEN_APART = {1: MULTICROP, 2: FINE}  # by part: the work whose updates are taken apart at its end
+SAVES = 4  # the part at whose end it is measured what a checkpoint costs
 FAILED = "failed, see above"
 SMOKE = ["experiment=demo", "train.batch_size=8", "hardware=cpu", "hardware.num_workers=1"]
 
@@ -128,6 +129,9 @@ def main() -> None:
             settings = SMOKE if typed.smoke else WORK[TAKEN_APART[part]]
             length = [] if typed.smoke else ["train.max_steps=25"]
             call(sys.executable, script, "--kernels", "20", *settings, f"data.root={data}", *length)
+        if part == SAVES:
+            script = str(Path(__file__).with_name("save.py"))
+            call(sys.executable, script, "model=vit-tiny" if typed.smoke else "model=vit-large", "--rounds", "1")
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
