@@ -255,6 +255,7 @@ class PrepareSettings:
     workers: int | None = None  # null: one per core
     max_reject_fraction: float = 0.25
     file_timeout_s: float = 60.0
+    forget_missing: bool = False  # forget files that are not there, even where a whole source is gone
 
 
 @dataclass

@@ -20,7 +20,6 @@ from dinoct.data.files import FileRef, Source
 from dinoct.data.header import SliceHeader
 from dinoct.data.series import SliceRef
 from dinoct.data.store import STORE_FORMAT
-from dinoct.data.walk import Found
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (  -- kind, reason: why the file as a whole gave nothing
@@ -92,40 +91,6 @@ class Catalog:
         self.db.close()
 
     # ---- files
-
-    def register(self, files: Iterable[tuple[str, Found]], inside: list[bytes]) -> None:
-        """Take note of (file_id, file); forget files of the folders (or archives) `inside` that are there no more.
-
-        A file whose size or time changed is as good as new. Files of other folders stay: sources add up over runs.
-        """
-        with self.db:
-            self.db.execute("UPDATE files SET seen = 0")
-            for file_id, (path, size, mtime_ns, member) in files:
-                known = self.db.execute("SELECT size, mtime_ns FROM files WHERE file_id = ?", (file_id,)).fetchone()
-                if known == (size, mtime_ns):
-                    self.db.execute("UPDATE files SET seen = 1 WHERE file_id = ?", (file_id,))
-                    continue
-                self._forget(file_id)
-                self.db.execute(
-                    "INSERT INTO files (file_id, path, size, mtime_ns, seen, member) VALUES (?, ?, ?, ?, 1, ?)",
-                    (file_id, path, size, mtime_ns, json.dumps(member) if member else None),
-                )
-            for folder in inside:
-                self._forget_unseen(folder.rstrip(b"/"))
-            self._retry_transient()
-
-    def _forget(self, file_id: str) -> None:
-        for table in ("files", "frames"):  # drops and slices go with their group, which no longer fits its fingerprint
-            self.db.execute(f"DELETE FROM {table} WHERE file_id = ?", (file_id,))
-
-    def _forget_unseen(self, top: bytes) -> None:
-        gone = "SELECT file_id FROM files WHERE NOT seen AND (substr(path, 1, ?) = ? OR path = ?)"
-        for table in ("frames", "files"):
-            self.db.execute(f"DELETE FROM {table} WHERE file_id IN ({gone})", (len(top) + 1, top + b"/", top))
-
-    def _retry_transient(self) -> None:
-        self.db.execute("DELETE FROM groups WHERE grp IN (SELECT grp FROM drops WHERE transient)")
-        self.db.execute("UPDATE files SET scanned = 0, kind = NULL, reason = NULL, transient = 0 WHERE transient")
 
     def unscanned(self) -> Iterator[tuple[str, FileRef, int]]:
         """Yield (file_id, file, size) of files whose header nobody has read, in order of path."""
@@ -232,6 +197,9 @@ class Catalog:
             for name, group, size in self.db.execute("SELECT name, grp, bytes FROM series").fetchall():
                 if store_files.get(name) != size:
                     self.db.execute("DELETE FROM groups WHERE grp = ?", (group,))
+
+    def series_names(self) -> set[str]:
+        return {name for (name,) in self.db.execute("SELECT name FROM series")}
 
     # ---- what becomes public
 

@@ -15,6 +15,7 @@ from dinoct.data.labels import write_lidc_labels
 from dinoct.data.masks import write_masks
 from dinoct.data.pipeline import PrepareOptions, PrepareReport, Progress, explain, prepare_dataset
 from dinoct.data.privacy import private_folder, write_salt
+from dinoct.data.sources import require
 from dinoct.errors import ConfigError
 
 
@@ -47,6 +48,7 @@ def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
         workers=workers,
         max_reject_fraction=cfg.prepare.max_reject_fraction,
         file_timeout_s=cfg.prepare.file_timeout_s,
+        forget_missing=cfg.prepare.forget_missing,
         split_seed=cfg.data.split_seed,
         val_fraction=cfg.split.val_fraction,
         val_patients=tuple(cfg.split.val_patients),
@@ -65,9 +67,7 @@ def _sources(cfg: PrepareConfig, root: Path) -> list[Path]:
     if cfg.source == "phantom":
         return [_write_phantom(cfg.phantom, root, seed=cfg.seed)]
     sources = [Path(str(item)) for item in (cfg.source if isinstance(cfg.source, list) else [cfg.source])]
-    for number, source in enumerate(sources, 1):
-        if not os.path.exists(source):  # the path itself may hold a name: the number says which one
-            raise ConfigError(f"source: number {number} of {len(sources)} does not exist")
+    require(sources)
     return sources
 
 
@@ -119,6 +119,13 @@ def _display() -> Iterator[Callable[[Progress], None]]:
 
 
 def _print_report(report: PrepareReport) -> None:
+    if report.files_vanished or report.series_left:
+        console.print(f"{report.files_vanished} files vanished; {report.series_left} series left the data set")
+    if report.files_missing:
+        console.print(
+            f"{report.files_missing} files of sources that were not named are not there (moved, deleted, or a disk "
+            "that is not mounted): they stay in the data set; prepare.forget_missing=true forgets them"
+        )
     rate = report.slices_new / max(report.seconds, 1e-9)
     console.print(
         f"{report.files_seen} files: {report.files_with_slices} gave slices, {sum(report.rejected.values())} did not; "

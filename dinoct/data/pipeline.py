@@ -15,17 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoct.data import jobs, series
+from dinoct.data import jobs, series, sources
 from dinoct.data.catalog import Catalog
 from dinoct.data.dicom import Rejected
 from dinoct.data.files import FileRef
 from dinoct.data.groups import SeriesStage
 from dinoct.data.index import sweep_temporary
-from dinoct.data.pixels import HU_MAX, HU_MIN
+from dinoct.data.options import PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
 from dinoct.data.publish import explain, publish, publish_split
 from dinoct.data.store import remove_series_except, sync
-from dinoct.data.walk import find_files
+from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
 from dinoct.errors import DinoctError
 
@@ -33,69 +33,6 @@ __all__ = ["PrepareError", "PrepareOptions", "PrepareReport", "Progress", "expla
 
 SCAN_BATCH = 128
 _OWN_FOLDERS = ("_index", "_private", "_splits", "store")
-
-
-class PrepareError(DinoctError):
-    """prepare cannot go on or should not be trusted; the first line says why, a summary by reason may follow."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """`workers` processes decode (0: this process, without time and memory limits, for debugging).
-
-    `max_reject_fraction` limits refused CT files / (refused CT files + slices). `file_timeout_s` and `memory_mb` hold
-    per file. HU are clipped to [hu_min, hu_max]. `val_patients` are PatientIDs, or patient keys of the index.
-    """
-
-    workers: int
-    max_reject_fraction: float = 0.25
-    file_timeout_s: float = 60.0
-    memory_mb: int = 2048
-    split_seed: int = 0
-    val_fraction: float = 0.1
-    val_patients: tuple[str, ...] = ()
-    hu_min: int = HU_MIN
-    hu_max: int = HU_MAX
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise PrepareError(f"the number of workers cannot be {self.workers}")
-        if not 0 <= self.max_reject_fraction <= 1:
-            raise PrepareError(f"prepare.max_reject_fraction lies between 0 and 1, not {self.max_reject_fraction}")
-        if self.file_timeout_s <= 0 or self.memory_mb <= 0:
-            raise PrepareError("the time and memory limits of a file must be above 0")
-        if not -32_768 <= self.hu_min < self.hu_max <= 32_767:
-            raise PrepareError(f"HU cannot be clipped to [{self.hu_min}, {self.hu_max}]")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: `done` of `total` files ("scan") or slices ("decode"), since `seconds`."""
-
-    stage: str
-    done: int
-    total: int
-    bytes_in: int
-    bytes_out: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What a run did. Files and slices count all that the root holds, `slices_new` and the bytes only this run."""
-
-    files_seen: int
-    files_with_slices: int
-    slices_written: int
-    slices_new: int
-    rejected: dict[str, int]
-    refused_ct_fraction: float
-    index_csv: Path
-    split_manifest: Path
-    index_hash: str
-    seconds: float
-    bytes_in: int
-    bytes_out: int
 
 
 @dataclass
@@ -114,6 +51,9 @@ class _Run:
     total: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    slices_new: int = 0
+    files_vanished: int = 0
+    series_before: set[str] = field(default_factory=set)
 
     def begin(self, stage: str, total: int) -> None:
         self.stage, self.done, self.total = stage, 0, total
@@ -130,29 +70,26 @@ class _Run:
 
 
 def prepare_dataset(
-    sources: Sequence[Path],
+    folders: Sequence[Path],
     root: Path,
     options: PrepareOptions,
     *,
     progress: Callable[[Progress], None] | None = None,
 ) -> PrepareReport:
-    """Read every file under `sources` into the data set at `root`; return what was done.
+    """Read every file under `folders` into the data set at `root`; return what was done.
 
     Sources add up: a later run with another folder extends the data set, and files that vanished from a folder named
-    again leave it. Raises PrepareError: a source that is missing, no slice, too many refused CT files (rejects.csv is
-    written, the index is not), fewer than two patients (the index is written), a full disk.
+    again leave it. Raises PrepareError: a source that is missing, or had files and has none, no slice, too many refused
+    CT files (rejects.csv is written, the index is not), fewer than two patients (the index is written), a full disk.
     """
     root = Path(root).resolve()
-    folders = [Path(source).resolve() for source in sources]
-    for given, folder in zip(sources, folders, strict=True):
-        if not folder.exists():
-            raise PrepareError(f"source {given} does not exist")
+    sources.require(folders)
     try:
         with _opened(root, options, progress or (lambda _: None)) as run:
-            _register(run, folders)
+            _register(run, [Path(folder).resolve() for folder in folders])
             _scan(run)
-            new = _decode(run)
-            return _report(run, new)
+            _decode(run)
+            return _report(run)
     except PrepareError:
         raise
     except DinoctError as error:
@@ -188,10 +125,22 @@ def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], 
 
 def _register(run: _Run, folders: list[Path]) -> None:
     skip = frozenset(os.fsencode(run.root / name) for name in _OWN_FOLDERS)
-    found = ((run.hasher.key("file", os.fsdecode(file.path)), file) for file in find_files(folders, skip))
-    run.catalog.register(found, [os.fsencode(folder) for folder in folders])
+    found = ((_file_id(run.hasher, file), file) for file in find_files(folders, skip))
+    tops = [os.fsencode(folder) for folder in folders]
+    run.series_before = run.catalog.series_names()
+    run.files_vanished = sources.register(run.catalog.db, found, tops, forget_missing=run.options.forget_missing)
     if not run.catalog.one("SELECT 1 FROM files LIMIT 1"):
-        raise PrepareError("there is no file in the source")
+        raise PrepareError(f"there is no file in the source{_what_stays(run)}")
+
+
+def _file_id(hasher: Hasher, file: Found) -> str:
+    """A place that could not be looked at has a key of its own: what was known of it stays."""
+    return hasher.key("unreachable" if file.trouble else "file", os.fsdecode(file.path))
+
+
+def _what_stays(run: _Run) -> str:
+    count = len(list((run.root / "store").glob("*.b2nd")))
+    return f"; {count} series of earlier runs are still in {run.root}: remove it if they are to go" if count else ""
 
 
 def _scan(run: _Run) -> None:
@@ -232,8 +181,8 @@ def _scan_tasks(catalog: Catalog) -> Iterator[Task]:
         yield _scan_task(batch)
 
 
-def _decode(run: _Run) -> int:
-    """Write the series that are new or changed; return their number of slices."""
+def _decode(run: _Run) -> None:
+    """Write the series that are new or changed."""
     store = run.root / "store"
     run.catalog.drop_vanished_groups()
     run.catalog.require({path.stem: path.stat().st_size for path in store.glob("*.b2nd")})
@@ -246,20 +195,19 @@ def _decode(run: _Run) -> int:
     stage = SeriesStage(run.catalog, run.hasher, store, (options.hu_min, options.hu_max), run.pool.again)
     for outcome in run.pool.run(stage.tasks(stale), run.step):
         stage.take(outcome)
-        run.bytes_out = stage.bytes_out
+        run.slices_new, run.bytes_out = stage.slices_new, stage.bytes_out
         run.tell()
     sync(store)  # before an index names what is in it
-    return stage.slices_new
 
 
-def _report(run: _Run, new: int) -> PrepareReport:
+def _report(run: _Run) -> PrepareReport:
     """Publish the tables, then judge them."""
     options, catalog = run.options, run.catalog
     tables = publish(run.root, catalog)
     fraction = tables.refused_ct / max(1, tables.refused_ct + tables.slices)
     summary = "".join(f"\n{n:8d}  {reason}" for reason, n in sorted(tables.rejected.items(), key=lambda item: -item[1]))
     if not tables.slices:
-        raise PrepareError(f"none of the {tables.files_seen} files gave a CT slice:{summary}")
+        raise PrepareError(f"none of the {tables.files_seen} files gave a CT slice{_what_stays(run)}:{summary}")
     if fraction > options.max_reject_fraction:
         raise PrepareError(
             f"{tables.refused_ct} CT files were refused for {tables.slices} slices: {fraction:.0%} is more than "
@@ -279,7 +227,7 @@ def _report(run: _Run, new: int) -> PrepareReport:
         files_seen=tables.files_seen,
         files_with_slices=tables.files_with_slices,
         slices_written=len(index),
-        slices_new=new,
+        slices_new=run.slices_new,
         rejected=dict(tables.rejected),
         refused_ct_fraction=fraction,
         index_csv=tables.index_csv,
@@ -288,4 +236,7 @@ def _report(run: _Run, new: int) -> PrepareReport:
         seconds=time.monotonic() - run.started,
         bytes_in=run.bytes_in,
         bytes_out=run.bytes_out,
+        files_vanished=run.files_vanished,
+        files_missing=sources.missing(catalog.db),
+        series_left=len(run.series_before - catalog.series_names()),
     )

@@ -1,6 +1,7 @@
 """Whole runs of prepare on synthetic files: nothing lost, resumable, isolated, the same whatever interrupts it."""
 
 import csv
+import errno
 import hashlib
 import os
 import random
@@ -155,6 +156,81 @@ def test_changed_and_vanished_files_are_followed_and_other_sources_stay(source, 
     write_salt(fresh, SALT)
     prepare([source, tmp_path / "in2"], fresh)
     assert fingerprint(fresh) == fingerprint(root)
+
+
+def unreachable(patch, place, code):
+    """From here on `place` cannot be listed: as root, permissions would not keep the test out."""
+    listdir = os.listdir
+
+    def refuse(path):
+        if Path(os.fsdecode(path)) == place:
+            raise OSError(code, os.strerror(code), path)
+        return listdir(path)
+
+    patch.setattr("dinoct.data.walk.os.listdir", refuse)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_below_a_folder_that_cannot_be_entered_nothing_is_forgotten(source, root, monkeypatch, code):
+    before = prepare(source, root)
+    with monkeypatch.context() as patch:
+        unreachable(patch, source / "b", code)
+        (source / "a" / "0000").unlink()
+        for _ in range(2):
+            report = prepare(source, root)
+            assert (report.slices_written, report.files_seen) == (13, 16)
+            assert report.rejected[f"folder cannot be entered ({os.strerror(code)})"] == 1
+    report = prepare(source, root)
+    assert (report.slices_written, report.files_vanished) == (13, 0)
+    assert len(rejects(root)) == sum(report.rejected.values()) == 2
+    assert before.slices_written == 14
+
+
+def test_an_archive_that_cannot_be_read_keeps_its_members(source, root, monkeypatch):
+    shutil.make_archive(str(source / "packed"), "zip", source / "a")
+    shutil.rmtree(source / "a")
+    prepare(source, root)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr("dinoct.data.archive.zipfile.ZipFile", refuse)
+        report = prepare(source, root)
+        assert report.slices_written == 14
+        assert report.rejected["archive cannot be read (Input/output error)"] == 1
+    assert prepare(source, root).slices_written == 14
+
+
+def test_a_source_that_is_not_mounted_is_an_error_and_forgets_nothing(source, root, tmp_path):
+    write_series(tmp_path / "in2", 3, patient="P9", seed=50)
+    both = [tmp_path / "in2", source]
+    good = prepare(both, root).index_hash
+    source.rename(tmp_path / "away")
+    source.mkdir()  # the empty folder that a disk was mounted on
+    with pytest.raises(PrepareError, match=r"number 2 of 2 had 16 files .* prepare.forget_missing=true"):
+        prepare(both, root)
+    report = prepare(tmp_path / "in2", root)
+    assert (report.index_hash, report.files_missing, report.files_vanished) == (good, 15, 0)  # in/ itself is there
+    source.rmdir()
+    (tmp_path / "away").rename(source)
+    assert prepare(both, root).slices_new == 0
+
+
+def test_what_was_deleted_with_its_whole_source_can_be_forgotten(source, root, tmp_path):
+    write_series(tmp_path / "in2", 3, patient="P9", seed=50)
+    prepare([source, tmp_path / "in2"], root)
+    shutil.rmtree(tmp_path / "in2")
+    report = prepare(source, root, forget_missing=True)
+    assert (report.slices_written, report.files_vanished, report.series_left) == (14, 3, 1)
+    (source / "c" / "0000").unlink()
+    (source / "c" / "0001").unlink()
+    report = prepare(source, root)
+    assert (report.files_vanished, report.series_left) == (2, 1)
+    shutil.rmtree(source)
+    source.mkdir()
+    with pytest.raises(PrepareError, match="3 series of earlier runs are still in"):
+        prepare(source, root, forget_missing=True)
 
 
 def test_a_damaged_or_missing_series_of_the_store_is_written_again(source, root):

@@ -1,0 +1,126 @@
+"""Which files there are: what a walk found beside what the catalog knows.
+
+Nothing is forgotten because it could not be looked at: below a folder that cannot be entered all stays as it is, and a
+source without a single file, that had some, is more often a disk that is not mounted than one that somebody emptied.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dinoct.data.options import PrepareError
+from dinoct.data.walk import Found
+
+
+def require(folders: Sequence[Path]) -> None:
+    """Raise PrepareError for a source that is not there or cannot be looked at. Its path may hold a name: a number."""
+    for number, folder in enumerate(folders, 1):
+        name = f"source: number {number} of {len(folders)}"
+        try:
+            os.stat(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise PrepareError(f"{name} does not exist") from None
+        except OSError as error:
+            raise PrepareError(f"{name} cannot be looked at: {error.strerror}") from None
+
+
+def register(
+    db: sqlite3.Connection, files: Iterable[tuple[str, Found]], tops: Sequence[bytes], *, forget_missing: bool = False
+) -> int:
+    """Take note of (file_id, file); forget files of the sources `tops` that are there no more. Returns how many.
+
+    A file whose size or time changed is as good as new. Files of other sources stay, since sources add up over runs;
+    with `forget_missing` those that do not exist go too, and a source may be empty. Raises PrepareError for a source
+    that had files and has none; then nothing has changed.
+    """
+    tops = [top.rstrip(b"/") for top in tops]
+    with db:
+        db.execute("UPDATE files SET seen = 0")
+        unreachable, alive = set(), set()
+        for file_id, file in files:
+            alive.update(within(file.path, tops))
+            if file.trouble:
+                unreachable.add(file.path)
+            _note(db, file_id, file)
+        gone: list[str] = []
+        vanished = 0
+        for file_id, path, size, member in db.execute("SELECT file_id, path, size, member FROM files WHERE NOT seen"):
+            if any(within(path, unreachable)):
+                continue
+            named = list(within(path, tops))
+            empty = [top for top in named if top not in alive]
+            if empty and size >= 0 and not forget_missing:
+                raise _empty_source(db, tops, empty[0])
+            if named or (forget_missing and is_gone(path, member)):
+                gone.append(file_id)
+                vanished += size >= 0  # below 0 it stands for a place that could not be entered
+        forget(db, gone)
+        _retry_transient(db)
+    return vanished
+
+
+def within(path: bytes, tops: Collection[bytes]) -> Iterator[bytes]:
+    """Yield those of `tops` that are the path or a folder (or an archive) above it."""
+    if path in tops:
+        yield path
+    end = len(path)
+    while (end := path.rfind(b"/", 0, end)) >= 0:
+        if path[:end] in tops:
+            yield path[:end]
+
+
+def is_gone(path: bytes, member: str | None) -> bool:
+    """Say whether a file of the catalog is known not to exist; of a member, whether its archive is."""
+    try:
+        os.stat(json.loads(member)[0] if member else path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # nobody knows
+        return False
+    return False
+
+
+def missing(db: sqlite3.Connection) -> int:
+    """Count the files of sources that were not named whose folder (or archive) is not there."""
+    count, folder, gone = 0, b"", False
+    for path, member in db.execute("SELECT path, member FROM files WHERE NOT seen AND size >= 0 ORDER BY path"):
+        place = os.fsencode(json.loads(member)[0]) if member else os.path.dirname(path)
+        if place != folder:
+            folder, gone = place, is_gone(place, None)
+        count += gone
+    return count
+
+
+def forget(db: sqlite3.Connection, file_ids: Iterable[str]) -> None:
+    for file_id in file_ids:
+        for table in ("files", "frames"):  # drops and slices go with their group, which no longer fits its fingerprint
+            db.execute(f"DELETE FROM {table} WHERE file_id = ?", (file_id,))
+
+
+def _note(db: sqlite3.Connection, file_id: str, file: Found) -> None:
+    known = db.execute("SELECT size, mtime_ns FROM files WHERE file_id = ?", (file_id,)).fetchone()
+    if known == (file.size, file.mtime_ns) and not file.trouble:
+        db.execute("UPDATE files SET seen = 1 WHERE file_id = ?", (file_id,))
+        return
+    forget(db, [file_id])
+    refused = (1, "refused", file.trouble, 1) if file.trouble else (0, None, None, 0)
+    db.execute(
+        "INSERT INTO files (file_id, path, size, mtime_ns, seen, member, scanned, kind, reason, is_ct) "
+        "VALUES (?, ?, ?, ?, 1, ?, ?, ?, ?, ?)",
+        (file_id, file.path, file.size, file.mtime_ns, json.dumps(file.member) if file.member else None, *refused),
+    )
+
+
+def _empty_source(db: sqlite3.Connection, tops: Sequence[bytes], top: bytes) -> PrepareError:
+    had = sum(any(within(path, [top])) for (path,) in db.execute("SELECT path FROM files WHERE size >= 0"))
+    return PrepareError(
+        f"source: number {tops.index(top) + 1} of {len(tops)} had {had} files before and has none now: is its disk "
+        "mounted? Nothing was forgotten. If they were deleted, prepare.forget_missing=true forgets them"
+    )
+
+
+def _retry_transient(db: sqlite3.Connection) -> None:
+    db.execute("DELETE FROM groups WHERE grp IN (SELECT grp FROM drops WHERE transient)")
+    db.execute("UPDATE files SET scanned = 0, kind = NULL, reason = NULL, transient = 0 WHERE transient")
