@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -137,10 +137,6 @@ class Catalog:
             digest.update(repr(row).encode())
             count += 1
         return sorted(stale, key=lambda entry: (-entry[2], entry[0]))
-
-    def holds_series_of(self, groups: Iterable[str]) -> bool:
-        """Say whether one of the groups has a series in the store already."""
-        return any(self.one("SELECT 1 FROM series WHERE grp = ?", group) for group in groups)
 
     def group(self, group: str) -> tuple[list[SliceRef], dict[str, Source]]:
         """Return the slices of a group, and by file what reading it needs (with the header of its first frame)."""

@@ -20,11 +20,11 @@ from dinoct.data.catalog import Catalog
 from dinoct.data.dicom import Rejected
 from dinoct.data.files import FileRef
 from dinoct.data.groups import SeriesStage
-from dinoct.data.index import sweep_temporary
+from dinoct.data.index import SliceIndex, sweep_temporary
 from dinoct.data.options import PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
-from dinoct.data.publish import explain, publish, publish_split
-from dinoct.data.store import remove_series_except, sync
+from dinoct.data.publish import Tables, explain, publish, publish_split
+from dinoct.data.store import has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
 from dinoct.errors import DinoctError
@@ -185,12 +185,13 @@ def _decode(run: _Run) -> None:
     """Write the series that are new or changed."""
     store = run.root / "store"
     run.catalog.drop_vanished_groups()
-    run.catalog.require({path.stem: path.stat().st_size for path in store.glob("*.b2nd")})
+    run.catalog.require(series_sizes(store))
     options = run.options
-    stale = run.catalog.stale_groups(f"{options.hu_min} {options.hu_max}")
-    if run.catalog.holds_series_of(key for key, _, _ in stale):
-        # A series of the index is about to change: no index is better than one that names other slices.
-        (run.root / "_index" / "index.csv").unlink(missing_ok=True)
+    wanted = f"{options.hu_min} {options.hu_max}"
+    stale = run.catalog.stale_groups(wanted)
+    if moved := sources.forget_moved(run.catalog, [key for key, _, _ in stale]):
+        run.files_vanished += moved
+        stale = run.catalog.stale_groups(wanted)
     run.begin("decode", sum(count for _, _, count in stale))
     stage = SeriesStage(run.catalog, run.hasher, store, (options.hu_min, options.hu_max), run.pool.again)
     for outcome in run.pool.run(stage.tasks(stale), run.step):
@@ -198,6 +199,17 @@ def _decode(run: _Run) -> None:
         run.slices_new, run.bytes_out = stage.slices_new, stage.bytes_out
         run.tell()
     sync(store)  # before an index names what is in it
+
+
+def _put_in_place(run: _Run, tables: Tables) -> SliceIndex:
+    """Write the index and have the store hold what it names; until here the last ones were not touched."""
+    store = run.root / "store"
+    if has_next(store):  # for a moment: no index is better than one that names other slices
+        tables.index_csv.unlink(missing_ok=True)
+        put_in_place(store, run.catalog.series_names())
+    index = tables.write_index()
+    remove_series_except(store, set(index.series_names))
+    return index
 
 
 def _report(run: _Run) -> PrepareReport:
@@ -213,8 +225,7 @@ def _report(run: _Run) -> PrepareReport:
             f"{tables.refused_ct} CT files were refused for {tables.slices} slices: {fraction:.0%} is more than "
             f"prepare.max_reject_fraction={options.max_reject_fraction:g}; all are in {tables.rejects_csv}:{summary}"
         )
-    index = tables.write_index()
-    remove_series_except(run.root / "store", set(index.series_names))
+    index = _put_in_place(run, tables)
     manifest = publish_split(
         run.root,
         index,

@@ -10,7 +10,9 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dinoct.data.catalog import Catalog
 from dinoct.data.options import PrepareError
+from dinoct.data.series import SliceRef
 from dinoct.data.walk import Found
 
 
@@ -53,12 +55,40 @@ def register(
             empty = [top for top in named if top not in alive]
             if empty and size >= 0 and not forget_missing:
                 raise _empty_source(db, tops, empty[0])
-            if named or (forget_missing and is_gone(path, member)):
+            if named or (forget_missing and is_gone(json.loads(member)[0] if member else path)):
                 gone.append(file_id)
                 vanished += size >= 0  # below 0 it stands for a place that could not be entered
         forget(db, gone)
         _retry_transient(db)
     return vanished
+
+
+def forget_moved(catalog: Catalog, groups: Iterable[str]) -> int:
+    """Forget files that do not exist any more and whose slices other files of the same group hold. Returns how many.
+
+    A folder that was moved, or mounted elsewhere, brings every slice once more, and what was refused in it too. Without
+    another file in its place a file is kept, since its disk may not be mounted.
+    """
+    db, gone = catalog.db, set()
+    for group in groups:
+        unseen = "SELECT 1 FROM frames JOIN files USING (file_id) WHERE grp = ? AND NOT seen LIMIT 1"
+        if not db.execute(unseen, (group,)).fetchone():
+            continue
+        refs, found = catalog.group(group)
+        away = {key: is_gone(file.member.archive if file.member else file.path) for key, file in found.items()}
+        here = {_slice(ref) for ref in refs if not away[ref.file_id]}
+        lost = {ref.file_id for ref in refs if away[ref.file_id] and _slice(ref) not in here}
+        gone.update(key for key in found if away[key] and key not in lost)
+    if gone:
+        refused = db.execute("SELECT file_id, path FROM files WHERE NOT seen AND kind IS NOT NULL AND member IS NULL")
+        gone.update(file_id for file_id, path in refused if is_gone(path))
+    with db:
+        forget(db, gone)
+    return len(gone)
+
+
+def _slice(ref: SliceRef) -> tuple:
+    return ref.header.sop, ref.header.frame, ref.header.position
 
 
 def within(path: bytes, tops: Collection[bytes]) -> Iterator[bytes]:
@@ -71,10 +101,10 @@ def within(path: bytes, tops: Collection[bytes]) -> Iterator[bytes]:
             yield path[:end]
 
 
-def is_gone(path: bytes, member: str | None) -> bool:
-    """Say whether a file of the catalog is known not to exist; of a member, whether its archive is."""
+def is_gone(place: bytes | str) -> bool:
+    """Say whether a file or a folder is known not to exist."""
     try:
-        os.stat(json.loads(member)[0] if member else path)
+        os.stat(place)
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:  # nobody knows
@@ -88,7 +118,7 @@ def missing(db: sqlite3.Connection) -> int:
     for path, member in db.execute("SELECT path, member FROM files WHERE NOT seen AND size >= 0 ORDER BY path"):
         place = os.fsencode(json.loads(member)[0]) if member else os.path.dirname(path)
         if place != folder:
-            folder, gone = place, is_gone(place, None)
+            folder, gone = place, is_gone(place)
         count += gone
     return count
 

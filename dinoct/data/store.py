@@ -35,6 +35,7 @@ COMPRESSION = {
     "nthreads": 1,
 }
 _MAX_HANDLES = 1024  # a handle is a small header in memory; Blosc2 opens the file anew at each read
+NEXT = ".next"  # a series that takes the place of an older one as soon as an index is written that fits it
 _SERIES = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
@@ -54,6 +55,7 @@ class SeriesWriter:
     """Write one series to a temporary file, slice by slice; `commit` makes it visible in one step.
 
     Not committed means not there: `abort` (or a kill) leaves at most a temporary file that the next run sweeps away.
+    Where the store has the series already, the new one waits beside it for `put_in_place`: an index names the old one.
     """
 
     def __init__(self, folder: Path, series: str, *, slices: int, rows: int, cols: int):
@@ -94,7 +96,7 @@ class SeriesWriter:
         del self._array
         sync(self._temporary)
         size = self._temporary.stat().st_size
-        os.replace(self._temporary, self.path)
+        os.replace(self._temporary, self.path.with_suffix(NEXT) if self.path.exists() else self.path)
         return size
 
     def abort(self) -> None:
@@ -108,6 +110,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def series_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of each series, as it will be when all is in its place."""
+    places = [*Path(folder).glob("*.b2nd"), *Path(folder).glob(f"*{NEXT}")]
+    return {path.stem: path.stat().st_size for path in places}
+
+
+def has_next(folder: Path) -> bool:
+    return any(Path(folder).glob(f"*{NEXT}"))
+
+
+def put_in_place(folder: Path, keep: set[str]) -> None:
+    """Let the newer ones of the series `keep` take their places, and remove those of others."""
+    for path in list(Path(folder).glob(f"*{NEXT}")):
+        if path.stem in keep:
+            os.replace(path, series_path(folder, path.stem))
+        else:
+            path.unlink()
+    sync(folder)
 
 
 def remove_series_except(folder: Path, keep: set[str]) -> None:

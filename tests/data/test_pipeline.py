@@ -243,17 +243,47 @@ def test_a_damaged_or_missing_series_of_the_store_is_written_again(source, root)
     assert fingerprint(root) == good
 
 
-def test_an_index_that_no_longer_fits_the_store_does_not_survive_a_failed_run(source, root):
-    index_csv = prepare(source, root).index_csv
+def assert_index_fits_store(root):
+    index, store = SliceIndex.load(root / "_index" / "index.csv"), SliceStore(root / "store")
+    assert all(store.verify(index.series_name(i), index.row[i], index.checksum[i]) for i in range(len(index)))
+    return index
+
+
+def test_index_and_store_stay_as_they_were_where_a_run_fails(source, root):
+    before = prepare(source, root).index_hash
     write_series(source / "d", 2, patient="P4", seed=40)
-    with pytest.raises(PrepareError):
-        prepare(source, root, max_reject_fraction=0.0)
-    assert index_csv.exists()  # a new series takes nothing from the old index
     (source / "a" / "0002").unlink()
-    with pytest.raises(PrepareError):
-        prepare(source, root, max_reject_fraction=0.0)
-    assert not index_csv.exists()
-    assert prepare(source, root).slices_written == 15
+    for _ in range(2):
+        with pytest.raises(PrepareError):
+            prepare(source, root, max_reject_fraction=0.0)
+        assert assert_index_fits_store(root).content_hash() == before
+    assert prepare(source, root).slices_new == 0  # what the failed run wrote takes its place
+    assert len(assert_index_fits_store(root)) == 15
+    assert all(path.suffix == ".b2nd" for path in (root / "store").iterdir())
+
+
+def test_a_moved_source_gives_the_same_data_set(source, root, tmp_path):
+    shutil.copytree(source / "a", source / "copies")
+    shutil.make_archive(str(source / "packed"), "zip", source / "b")
+    shutil.rmtree(source / "b")
+    before = prepare(source, root)
+    good = fingerprint(root)
+    source.rename(tmp_path / "renamed")
+    report = prepare(tmp_path / "renamed", root)
+    assert (report.files_seen, report.files_vanished, report.series_left) == (21, 21, 0)
+    assert (report.index_hash, report.refused_ct_fraction) == (before.index_hash, before.refused_ct_fraction)
+    (root / "_index" / "rejects.csv").unlink()  # the keys of files follow from their paths
+    good.pop("_index/rejects.csv")
+    assert fingerprint(root) == good
+
+
+def test_a_series_is_not_shortened_because_the_disk_of_its_other_half_is_away(source, root, tmp_path):
+    prepare(source, root)
+    source.rename(tmp_path / "away")
+    write_slice(tmp_path / "late" / "x", body(99), z=9.0, PatientID="P1", **same_series(tmp_path / "away/a/0000"))
+    with pytest.raises(PrepareError, match="6 CT files were refused"):
+        prepare(tmp_path / "late", root, max_reject_fraction=0.1)
+    assert len(assert_index_fits_store(root)) == 14
 
 
 def test_files_that_share_a_series_uid_across_patients_are_not_merged(tmp_path, root):
