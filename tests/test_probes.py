@@ -187,6 +187,14 @@ def test_masks_find_their_slices_by_the_name_of_the_file(masked_root):
         assert np.array_equal(mask > 0, (hu > -960) & (hu < -600))
 
 
+def test_masks_of_an_earlier_format_say_what_to_do(masked_root, tmp_path):
+    index = SliceIndex.load(masked_root / "_index" / "index.csv")
+    mask = np.ones((1, index.rows[0], index.cols[0]), np.uint8)
+    np.savez(tmp_path / f"{index.series_name(0)}.npz", rows=np.zeros(1, np.int32), mask=mask)
+    with pytest.raises(DinoctError, match="run dinoct-prepare masks= again"):
+        MaskStore(tmp_path).rows_with_mask(index)
+
+
 def test_masks_that_are_none_say_so(masked_root, tmp_path):
     with pytest.raises(DinoctError, match=r"no \.npz"):
         write_masks(tmp_path, masked_root)

@@ -75,9 +75,10 @@ class SliceIndex:
         self.__dict__[name] = column
         return column
 
-    def at(self, name: str, i: int) -> int | float:
-        """Value i of a column of numbers or codes, without the rest of it."""
-        return self._columns[name][i if self._rows is None else self._rows[i]].item()
+    def at(self, name: str, i: int) -> int | float | str:
+        """Value i of a column, of numbers, codes or text, without the rest of it."""
+        value = self._columns[name][i if self._rows is None else self._rows[i]].item()
+        return value.decode() if isinstance(value, bytes) else value
 
     def __getstate__(self) -> dict:
         """What is mapped is mapped again in another process, and not sent there."""

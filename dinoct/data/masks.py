@@ -1,7 +1,7 @@
 """Masks of a structure, such as the lungs, where there are some: joined to the index for the probes.
 
-`ROOT/_masks/SERIES.npz` holds `rows` int32 [m] (rows of the series' array) and `mask` uint8 [m, H, W], 1 inside. Keys
-are hashes, so the masks name nobody.
+`ROOT/_masks/SERIES.npz` holds `slice_id` U16 [m] and `mask` uint8 [m, H, W], 1 inside. Rows would not do: they change
+when a series grows. Keys are hashes, so the masks name nobody.
 """
 
 import os
@@ -14,10 +14,9 @@ import numpy as np
 
 from dinoct.data.catalog import Catalog
 from dinoct.data.index import TEMPORARY, SliceIndex
+from dinoct.data.store import MASKS
 from dinoct.data.views import letterbox
 from dinoct.errors import DinoctError
-
-FOLDER = "_masks"
 
 
 def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
@@ -40,13 +39,13 @@ def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
         raise DinoctError("masks: there is no .npz under the folder that was given")
     catalog = Catalog(database)
     try:
-        counts = [_take_over(path, catalog, root / FOLDER, number) for number, path in enumerate(found, 1)]
+        counts = [_take_over(path, catalog, root / MASKS, number) for number, path in enumerate(found, 1)]
     finally:
         catalog.close()
     known, strange = (sum(column) for column in zip(*counts, strict=True))
     if not known:
         raise DinoctError(f"masks: none of the {strange} slices of {len(found)} files is in {root}")
-    return root / FOLDER, known, strange
+    return root / MASKS, known, strange
 
 
 def _take_over(path: Path, catalog: Catalog, out: Path, number: int) -> tuple[int, int]:
@@ -58,15 +57,15 @@ def _take_over(path: Path, catalog: Catalog, out: Path, number: int) -> tuple[in
             raise ValueError
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # its path may hold a name
         raise DinoctError(f"masks: .npz number {number} has no `mask` [n, H, W] with `files` [n]") from None
-    query = "SELECT s.series, s.row FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
-    parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    query = "SELECT s.series, s.slice_id FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
+    parts: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for i, name in enumerate(files):
         place = catalog.db.execute(query, (os.fsencode(os.path.abspath(path.parent / name)),)).fetchone()
         if place:
             parts[place[0]].append((place[1], i))
     for series, pairs in parts.items():
-        rows, places = zip(*sorted(pairs), strict=True)
-        _write(out / f"{series}.npz", rows=np.array(rows, np.int32), mask=(masks[list(places)] != 0).astype(np.uint8))
+        keys, places = zip(*sorted(pairs), strict=True)
+        _write(out / f"{series}.npz", slice_id=np.array(keys), mask=(masks[list(places)] != 0).astype(np.uint8))
     known = sum(map(len, parts.values()))
     return known, len(files) - known
 
@@ -84,30 +83,41 @@ class MaskStore:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._last: tuple[str, dict[int, np.ndarray]] = ("", {})
+        self._last: tuple[str, dict[str, np.ndarray]] = ("", {})
 
     def rows_with_mask(self, index: SliceIndex) -> np.ndarray:
         """Rows of an index whose slices have a mask."""
         have = {path.stem for path in self.folder.glob("*.npz")}
         covered = np.flatnonzero(np.array([name in have for name in index.series_names], dtype=bool)[index.series])
-        return np.array([i for i in covered if int(index.row[i]) in self._of(index, i)], dtype=int)
+        return np.array([i for i in covered if index.at("slice_id", i) in self._of(index, i)], dtype=int)
 
     def read(self, index: SliceIndex, i: int) -> np.ndarray:
         """Mask of slice i, ``[N, N]`` uint8, letterboxed as `read_slice` does with the slice.
 
         Raises:
-            DinoctError: where its shape is not the slice's.
+            DinoctError: where its shape is not the slice's, or the masks are none of this format.
         """
-        mask = self._of(index, i)[int(index.row[i])]
+        mask = self._of(index, i)[index.at("slice_id", i)]
         if mask.shape != (index.rows[i], index.cols[i]):
             raise DinoctError(f"the mask of slice {index.slice_id[i]} is {mask.shape}, not the slice's shape")
         # Air is what a slice is padded with; a mask is padded with 0.
         spacing = (float(index.spacing_row_mm[i]), float(index.spacing_col_mm[i]))
         return np.maximum(letterbox(mask.astype(np.int16), spacing), 0).astype(np.uint8)
 
-    def _of(self, index: SliceIndex, i: int) -> dict[int, np.ndarray]:
+    def _of(self, index: SliceIndex, i: int) -> dict[str, np.ndarray]:
         series = index.series_name(int(i))
         if self._last[0] != series:
-            with np.load(self.folder / f"{series}.npz", allow_pickle=False) as content:
-                self._last = (series, dict(zip(content["rows"].tolist(), content["mask"], strict=True)))
+            self._last = (series, _load(self.folder / f"{series}.npz"))
         return self._last[1]
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if "slice_id" not in content:
+                raise DinoctError(
+                    f"the masks in {path.parent} are of an earlier format: run dinoct-prepare masks= again"
+                )
+            return dict(zip(content["slice_id"].tolist(), content["mask"], strict=True))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DinoctError(f"{path} is no file of masks ({type(error).__name__})") from None

@@ -24,7 +24,7 @@ from dinoct.data.index import SliceIndex, sweep_temporary
 from dinoct.data.options import PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
 from dinoct.data.publish import Tables, explain, publish, publish_split
-from dinoct.data.store import has_next, put_in_place, remove_series_except, series_sizes, sync
+from dinoct.data.store import MASKS, has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
 from dinoct.errors import DinoctError
@@ -32,7 +32,7 @@ from dinoct.errors import DinoctError
 __all__ = ["PrepareError", "PrepareOptions", "PrepareReport", "Progress", "explain", "prepare_dataset"]
 
 SCAN_BATCH = 128
-_OWN_FOLDERS = ("_index", "_private", "_splits", "store")
+_OWN_FOLDERS = ("_index", MASKS, "_private", "_splits", "store")
 
 
 @dataclass
@@ -209,6 +209,7 @@ def _put_in_place(run: _Run, tables: Tables) -> SliceIndex:
         put_in_place(store, run.catalog.series_names())
     index = tables.write_index()
     remove_series_except(store, set(index.series_names))
+    remove_series_except(run.root / MASKS, set(index.series_names), ".npz")
     return index
 
 

@@ -35,6 +35,7 @@ COMPRESSION = {
     "nthreads": 1,
 }
 _MAX_HANDLES = 1024  # a handle is a small header in memory; Blosc2 opens the file anew at each read
+MASKS = "_masks"  # folder beside the store, with a file of masks per series where there are some
 NEXT = ".next"  # a series that takes the place of an older one as soon as an index is written that fits it
 _SERIES = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
@@ -132,9 +133,9 @@ def put_in_place(folder: Path, keep: set[str]) -> None:
     sync(folder)
 
 
-def remove_series_except(folder: Path, keep: set[str]) -> None:
-    """Remove the series of a store that are not in `keep`."""
-    for path in Path(folder).glob("*.b2nd"):
+def remove_series_except(folder: Path, keep: set[str], suffix: str = ".b2nd") -> None:
+    """Remove the files of series that are not in `keep`."""
+    for path in Path(folder).glob(f"*{suffix}"):
         if path.stem not in keep:
             path.unlink(missing_ok=True)
 
@@ -167,7 +168,10 @@ class SliceStore:
         try:
             pixels = array[int(row)] if window is None else array[(int(row), *window)]
         except Exception as error:
-            raise DinoctError(f"series {series} of the store is damaged at row {row}") from error
+            del self._handles[series]  # a file that was replaced is no longer the one that the handle knows
+            raise DinoctError(
+                f"series {series} of the store is damaged at row {row}, or was written again while it was read"
+            ) from error
         return pixels
 
     def slices(self, series: str) -> int:

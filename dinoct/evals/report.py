@@ -16,9 +16,8 @@ from dinoct.console import console, log, progress, run_log
 from dinoct.data.dataset import data_paths, open_split
 from dinoct.data.index import SliceIndex, atomic_text
 from dinoct.data.labels import load_split_labels
-from dinoct.data.masks import FOLDER as MASKS
 from dinoct.data.masks import MaskStore
-from dinoct.data.store import SliceStore
+from dinoct.data.store import MASKS, SliceStore
 from dinoct.errors import ConfigError
 from dinoct.evals.judge import ProbeData, judge
 from dinoct.evals.picture import draw_curve, draw_summary

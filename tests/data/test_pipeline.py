@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,15 @@ import synthetic_dicom
 from synthetic_dicom import body, enhanced, save, write_misbehaving, write_series, write_slice
 
 from dinoct.data import jobs
+from dinoct.data.dataset import read_slice
 from dinoct.data.index import SliceIndex
+from dinoct.data.masks import MaskStore, write_masks
 from dinoct.data.pipeline import PrepareError, PrepareOptions, Progress, prepare_dataset
 from dinoct.data.privacy import write_salt
 from dinoct.data.splits import SplitManifest
 from dinoct.data.store import SliceStore
 from dinoct.data.walk import find_files
+from dinoct.errors import DinoctError
 
 SALT = bytes(range(32))
 
@@ -260,6 +264,48 @@ def test_index_and_store_stay_as_they_were_where_a_run_fails(source, root):
     assert prepare(source, root).slices_new == 0  # what the failed run wrote takes its place
     assert len(assert_index_fits_store(root)) == 15
     assert all(path.suffix == ".b2nd" for path in (root / "store").iterdir())
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_series_that_changes_under_a_run_is_an_error_and_no_other_slice(source, root, opened):
+    index, store = SliceIndex.load(prepare(source, root).index_csv), SliceStore(root / "store")
+    grown = max(index.series_names, key=SliceStore(root / "store").slices)
+    for i in range(len(index) if opened else 0):
+        read_slice(index, store, i)
+    write_slice(source / "a" / "late", body(99), z=-3.75, PatientID="P1", **same_series(source / "a" / "0000"))
+    prepare(source, root)
+    changed = [i for i in range(len(index)) if index.z_mm[i] > -3.75 and index.series_name(i) == grown]
+    assert len(changed) == 2  # the slices below the late one are what they were, and so are other series
+    for i in range(len(index)):
+        with pytest.raises(DinoctError, match="dinoct-prepare changed it") if i in changed else nullcontext():
+            read_slice(index, store, i)
+
+
+def test_masks_stay_with_their_slices_when_a_series_grows_and_go_with_it(root, tmp_path):
+    source = tmp_path / "in"
+    for patient in "AB":
+        write_series(source / patient, 6, patient=patient, seed=ord(patient))
+    late = source / "A" / "0004"  # a slice in the middle, numbered from the head down
+    late.rename(tmp_path / "late")
+    prepare(source, root)
+    for patient in "AB":
+        files = sorted(path.name for path in (source / patient).iterdir())
+        mask = np.zeros((len(files), 64, 64), np.uint8)
+        for k, name in enumerate(files):
+            mask[k, : 10 * (int(name) + 1)] = 1  # a mask knows its file by the rows that it covers
+        np.savez(source / patient / "m.npz", mask=mask, files=files)
+    write_masks(source, root)
+    (tmp_path / "late").rename(late)
+    prepare(source, root)
+    index, masks = SliceIndex.load(root / "_index" / "index.csv"), MaskStore(root / "_masks")
+    covered = {i: int(masks.read(index, i)[:, 0].sum()) // 10 - 1 for i in masks.rows_with_mask(index).tolist()}
+    assert len(covered) == 11
+    assert all(index.z_mm[i] == -2.5 * number for i, number in covered.items())
+    for path in (source / "B").iterdir():
+        path.unlink()
+    write_series(source / "C", 2, patient="C", seed=99)
+    prepare(source, root)
+    assert len(list((root / "_masks").iterdir())) == 1
 
 
 def test_a_moved_source_gives_the_same_data_set(source, root, tmp_path):
