@@ -22,10 +22,11 @@ from dinoct.data.series import SliceRef
 from dinoct.data.store import STORE_FORMAT
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (  -- kind, reason: why the file as a whole gave nothing
+CREATE TABLE IF NOT EXISTS files (  -- kind, reason: why the file as a whole gave nothing; place: where a link showed it
     file_id TEXT PRIMARY KEY, path BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
     seen INTEGER NOT NULL, scanned INTEGER NOT NULL DEFAULT 0, transient INTEGER NOT NULL DEFAULT 0,
-    kind TEXT, reason TEXT, is_ct INTEGER NOT NULL DEFAULT 0, member TEXT) WITHOUT ROWID;
+    kind TEXT, reason TEXT, is_ct INTEGER NOT NULL DEFAULT 0, member TEXT, place BLOB)
+    WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS frames (
     file_id TEXT NOT NULL, frame INTEGER NOT NULL, grp TEXT NOT NULL, header TEXT NOT NULL,
     PRIMARY KEY (file_id, frame)) WITHOUT ROWID;
@@ -84,8 +85,9 @@ class Catalog:
         self.db = sqlite3.connect(path)
         self.db.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten and not only unlinked
         self.db.executescript(_SCHEMA)
-        if not self.one("SELECT 1 FROM pragma_table_info('files') WHERE name = 'member'"):
-            self.db.execute("ALTER TABLE files ADD COLUMN member TEXT")  # a catalog from before archives were read
+        for name, kind in (("member", "TEXT"), ("place", "BLOB")):  # a catalog from before there was one
+            if not self.one("SELECT 1 FROM pragma_table_info('files') WHERE name = ?", name):
+                self.db.execute(f"ALTER TABLE files ADD COLUMN {name} {kind}")
 
     def close(self) -> None:
         self.db.close()

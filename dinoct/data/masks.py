@@ -60,7 +60,7 @@ def _take_over(path: Path, catalog: Catalog, out: Path, number: int) -> tuple[in
     query = "SELECT s.series, s.slice_id FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
     parts: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for i, name in enumerate(files):
-        place = catalog.db.execute(query, (os.fsencode(os.path.abspath(path.parent / name)),)).fetchone()
+        place = catalog.db.execute(query, (os.fsencode(os.path.realpath(path.parent / name)),)).fetchone()
         if place:
             parts[place[0]].append((place[1], i))
     for series, pairs in parts.items():

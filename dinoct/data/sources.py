@@ -7,7 +7,7 @@ source without a single file, that had some, is more often a disk that is not mo
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dinoct.data.catalog import Catalog
@@ -42,19 +42,19 @@ def register(
         db.execute("UPDATE files SET seen = 0")
         unreachable, alive = set(), set()
         for file_id, file in files:
-            alive.update(within(file.path, tops))
+            alive |= above(file.path, file.place, tops)
             if file.trouble:
-                unreachable.add(file.path)
+                unreachable |= {file.path, file.place}
             _note(db, file_id, file)
         gone: list[str] = []
         vanished = 0
-        for file_id, path, size, member in db.execute("SELECT file_id, path, size, member FROM files WHERE NOT seen"):
-            if any(within(path, unreachable)):
+        query = "SELECT file_id, path, place, size, member FROM files WHERE NOT seen"
+        for file_id, path, place, size, member in db.execute(query):
+            if above(path, place, unreachable):
                 continue
-            named = list(within(path, tops))
-            empty = [top for top in named if top not in alive]
-            if empty and size >= 0 and not forget_missing:
-                raise _empty_source(db, tops, empty[0])
+            named = above(path, place, tops)
+            if named - alive and size >= 0 and not forget_missing:
+                raise _empty_source(db, tops, min(named - alive))
             if named or (forget_missing and is_gone(json.loads(member)[0] if member else path)):
                 gone.append(file_id)
                 vanished += size >= 0  # below 0 it stands for a place that could not be entered
@@ -91,14 +91,18 @@ def _slice(ref: SliceRef) -> tuple:
     return ref.header.sop, ref.header.frame, ref.header.position
 
 
-def within(path: bytes, tops: Collection[bytes]) -> Iterator[bytes]:
-    """Yield those of `tops` that are the path or a folder (or an archive) above it."""
-    if path in tops:
-        yield path
-    end = len(path)
-    while (end := path.rfind(b"/", 0, end)) >= 0:
-        if path[:end] in tops:
-            yield path[:end]
+def above(path: bytes, place: bytes | None, tops: Collection[bytes]) -> set[bytes]:
+    """Return those of `tops` that are the file, or a folder or archive above it, by its path or by the link to it."""
+    found = set()
+    for name in {path, place or path}:
+        end = len(name) + 1
+        while end > 0:
+            if name[:end] in tops:
+                found.add(name[:end])
+            end = name.rfind(b"/", 0, end)
+        if b"" in tops:  # the source is /
+            found.add(b"")
+    return found
 
 
 def is_gone(place: bytes | str) -> bool:
@@ -131,20 +135,22 @@ def forget(db: sqlite3.Connection, file_ids: Iterable[str]) -> None:
 
 def _note(db: sqlite3.Connection, file_id: str, file: Found) -> None:
     known = db.execute("SELECT size, mtime_ns FROM files WHERE file_id = ?", (file_id,)).fetchone()
+    place = file.place if file.place != file.path else None
     if known == (file.size, file.mtime_ns) and not file.trouble:
-        db.execute("UPDATE files SET seen = 1 WHERE file_id = ?", (file_id,))
+        db.execute("UPDATE files SET seen = 1, place = ? WHERE file_id = ?", (place, file_id))
         return
     forget(db, [file_id])
+    member = json.dumps(file.member) if file.member else None
     refused = (1, "refused", file.trouble, 1) if file.trouble else (0, None, None, 0)
     db.execute(
-        "INSERT INTO files (file_id, path, size, mtime_ns, seen, member, scanned, kind, reason, is_ct) "
-        "VALUES (?, ?, ?, ?, 1, ?, ?, ?, ?, ?)",
-        (file_id, file.path, file.size, file.mtime_ns, json.dumps(file.member) if file.member else None, *refused),
+        "INSERT INTO files (file_id, path, size, mtime_ns, seen, member, place, scanned, kind, reason, is_ct) "
+        "VALUES (?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?)",
+        (file_id, file.path, file.size, file.mtime_ns, member, place, *refused),
     )
 
 
 def _empty_source(db: sqlite3.Connection, tops: Sequence[bytes], top: bytes) -> PrepareError:
-    had = sum(any(within(path, [top])) for (path,) in db.execute("SELECT path FROM files WHERE size >= 0"))
+    had = sum(bool(above(*row, [top])) for row in db.execute("SELECT path, place FROM files WHERE size >= 0"))
     return PrepareError(
         f"source: number {tops.index(top) + 1} of {len(tops)} had {had} files before and has none now: is its disk "
         "mounted? Nothing was forgotten. If they were deleted, prepare.forget_missing=true forgets them"

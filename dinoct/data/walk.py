@@ -12,7 +12,8 @@ from dinoct.data.archive import BadArchive, Member
 
 
 class Found(NamedTuple):
-    """A file. The path is the real one, with the name behind it for a member of an archive.
+    """A file. The path is the real one, with the name behind it for a member of an archive; `place` is the way to it,
+    which differs where there is a link.
 
     Size and time say whether it is still the file that it was; a member has its archive's time. `trouble` says why a
     place could not be entered or looked at: what lies there, or below, is not known to be gone.
@@ -23,6 +24,7 @@ class Found(NamedTuple):
     mtime_ns: int
     member: Member | None = None
     trouble: str = ""
+    place: bytes = b""
 
 
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link that leads nowhere, or a file just removed
@@ -46,7 +48,9 @@ def find_files(folders: Iterable[Path], skip: frozenset[bytes] = frozenset()) ->
                     trouble = "folder cannot be entered"
                     stack.extend(os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True))
             elif stat.S_ISREG(state.st_mode):  # pipes, sockets and devices are no files to read
-                yield from _contents(os.path.realpath(path), state)
+                real = os.path.realpath(path)
+                for file in _contents(real, state):
+                    yield file._replace(place=path + file.path[len(real) :])
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 yield _unreachable(path, trouble, error)
@@ -54,7 +58,7 @@ def find_files(folders: Iterable[Path], skip: frozenset[bytes] = frozenset()) ->
 
 def _unreachable(path: bytes, trouble: str, error: OSError) -> Found:
     reason = os.strerror(error.errno) if error.errno else type(error).__name__  # the error's own text quotes the path
-    return Found(os.path.realpath(path), -1, 0, trouble=f"{trouble} ({reason})")
+    return Found(os.path.realpath(path), -1, 0, trouble=f"{trouble} ({reason})", place=path)
 
 
 def _contents(path: bytes, state: os.stat_result) -> Iterator[Found]:

@@ -294,7 +294,8 @@ def test_masks_stay_with_their_slices_when_a_series_grows_and_go_with_it(root, t
         for k, name in enumerate(files):
             mask[k, : 10 * (int(name) + 1)] = 1  # a mask knows its file by the rows that it covers
         np.savez(source / patient / "m.npz", mask=mask, files=files)
-    write_masks(source, root)
+    (tmp_path / "link").symlink_to(source)
+    write_masks(tmp_path / "link", root)  # by whatever way the folder is named
     (tmp_path / "late").rename(late)
     prepare(source, root)
     index, masks = SliceIndex.load(root / "_index" / "index.csv"), MaskStore(root / "_masks")

@@ -1,6 +1,7 @@
 """Keys, salt, private folder, CSV cells; and the canary: no identity outside `_private`."""
 
 import csv
+import sqlite3
 import stat
 
 import pytest
@@ -113,6 +114,41 @@ def test_the_private_folder_is_closed_and_explains_keys(tmp_path):
         explain(root, "0" * 16)
     with pytest.raises(DinoctError, match="was not prepared here"):
         explain(tmp_path / "elsewhere", "0" * 16)
+
+
+def test_a_patient_whose_link_was_deleted_leaves_nothing_either(tmp_path):
+    source, root = tmp_path / "in", tmp_path / "root"
+    source.mkdir()
+    for patient in "ABC":
+        write_slice(tmp_path / "lake" / f"folder_of_{patient}" / "slice", body(ord(patient)), PatientID=patient)
+        (source / patient).symlink_to(tmp_path / "lake" / f"folder_of_{patient}")
+    prepare_dataset([source], root, PrepareOptions(0))
+    key = Hasher(load_or_create_salt(root)).patient("C")
+    series = explain(root, key)["series"]
+    (source / "C").unlink()
+    report = prepare_dataset([source], root, PrepareOptions(0))
+    assert (report.files_vanished, report.series_left) == (1, 1)
+    for needle in (key, *series, "folder_of_C"):
+        assert needle.encode() not in everything(root), needle
+    for patient in "AB":
+        (source / patient).unlink()
+    with pytest.raises(PrepareError, match="had 2 files before and has none now"):
+        prepare_dataset([source], root, PrepareOptions(0))
+
+
+def test_a_catalog_of_an_earlier_version_learns_where_links_are(tmp_path):
+    source, root = tmp_path / "in", tmp_path / "root"
+    source.mkdir()
+    for patient in "ABC":
+        write_slice(tmp_path / "lake" / patient, body(ord(patient)), PatientID=patient)
+        (source / patient).symlink_to(tmp_path / "lake" / patient)
+    prepare_dataset([source], root, PrepareOptions(0))
+    database = sqlite3.connect(root / "_private" / "catalog.sqlite")
+    database.execute("ALTER TABLE files DROP COLUMN place")
+    database.close()
+    assert prepare_dataset([source], root, PrepareOptions(0)).slices_new == 0
+    (source / "C").unlink()
+    assert prepare_dataset([source], root, PrepareOptions(0)).slices_written == 2
 
 
 def test_a_manufacturer_that_is_a_formula_is_disarmed_in_the_tables(tmp_path):
