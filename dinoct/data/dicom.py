@@ -53,7 +53,8 @@ _LOSSY = {JPEGLSNearLossless, JPEG2000, HTJ2K, JPEGBaseline8Bit, JPEGExtended12B
 class Rejected(NamedTuple):
     """Why a file gave no slice. `is_ct` says whether it counts against the limit of refused CT files.
 
-    `retry`: the next run looks again, since what is missing is missing here and not in the file.
+    `retry`: the next run looks again, since what is missing is missing here and not in the file: a package, a
+    permission, a disk that answers. A repair of these changes neither size nor time of the file.
     """
 
     kind: str  # refused | not_dicom
@@ -102,7 +103,7 @@ def read_headers(path: str, member: Member | None = None, *, axial_only: bool = 
         is_ct = storage in CT_CLASSES or not storage
         return Rejected("refused", str(error), is_ct, retry=isinstance(error, NoDecoder))
     except (OSError, MemoryError) as error:
-        return Rejected("refused", f"cannot be read ({type(error).__name__})", True)
+        return Rejected("refused", f"cannot be read ({type(error).__name__})", True, retry=True)
     except Exception as error:  # pydicom raises many kinds; their texts quote the file
         return Rejected(
             "refused", f"header cannot be parsed ({type(error).__name__})", storage in CT_CLASSES or not storage

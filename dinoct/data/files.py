@@ -63,7 +63,8 @@ def _volume_headers(ref: FileRef) -> list[SliceHeader] | Rejected:
     except Refused as error:
         return Rejected("refused", str(error), True, retry=isinstance(error, volumes.NoSimpleItk))
     except Exception as error:
-        return Rejected("refused", f"volume cannot be read ({type(error).__name__})", True)
+        retry = isinstance(error, OSError | MemoryError)
+        return Rejected("refused", f"volume cannot be read ({type(error).__name__})", True, retry=retry)
 
 
 def _other(ref: FileRef) -> Rejected:
@@ -71,8 +72,10 @@ def _other(ref: FileRef) -> Rejected:
     try:
         with dicom.opened(ref.path, ref.member) as handle:
             head = handle.read(512)
-    except (OSError, Refused):
+    except Refused:
         return dicom.NOT_DICOM
+    except OSError:
+        return dicom.NOT_DICOM._replace(retry=True)
     for magic, name in _PICTURES.items():
         if head.startswith(magic):
             reason = f"a picture ({name}) has no Hounsfield units: give the DICOM, MHD or NIfTI it was made from"
@@ -95,7 +98,7 @@ class OpenFiles:
     def __init__(self) -> None:
         self._path = self._real = ""
         self._handle: BinaryIO | None = None
-        self._current: BinaryIO | np.ndarray | Refused | None = None
+        self._current: BinaryIO | np.ndarray | Refused | MemoryError | None = None
 
     def __enter__(self) -> "OpenFiles":
         return self
@@ -104,21 +107,19 @@ class OpenFiles:
         self._close()
 
     def stored(self, source: Source) -> np.ndarray:
-        """Decode the stored values of a slice: int16 or uint16 [rows, cols]. Raises Refused, OSError."""
+        """Decode the stored values of a slice: int16 or uint16 [rows, cols]. Raises Refused, OSError, MemoryError."""
         if source.path != self._path:
             self._path, self._current = source.path, None  # the last volume goes before the next one comes
             try:
                 self._current = self._open(source)
-            except Refused as error:  # the same for all its slices
+            except (Refused, MemoryError) as error:  # the same for all its slices
                 self._current = error
-            except MemoryError:
-                self._current = Refused("out of memory")
             except OSError:
                 self._path = ""
                 raise
             except Exception as error:
                 self._current = Refused(f"cannot be read ({type(error).__name__})")
-        if isinstance(self._current, Refused):
+        if isinstance(self._current, Exception):
             raise self._current
         if isinstance(self._current, np.ndarray):
             return self._current[source.header.frame]

@@ -7,7 +7,7 @@ from pathlib import Path
 from dinoct.data import jobs
 from dinoct.data.catalog import Catalog, Drop, SeriesRecord
 from dinoct.data.files import Source
-from dinoct.data.jobs import SeriesResult, SliceStats
+from dinoct.data.jobs import Failure, SeriesResult, SliceStats
 from dinoct.data.privacy import Hasher, csv_cell
 from dinoct.data.series import TWO_SERIES, SliceRef, clusters, geometry, resolve, series_name, sort_slices
 from dinoct.data.workers import Finished, Lost, Task
@@ -30,6 +30,9 @@ class _Group:
 
     def drop(self, ref: SliceRef, kind: str, reason: str, *, transient: bool = False) -> None:
         self.drops.append(Drop(ref.file_id, ref.frame, kind, reason, transient))
+
+    def fail(self, ref: SliceRef, failure: Failure) -> None:
+        self.drop(ref, "refused", failure.reason, transient=failure.retry)
 
 
 @dataclass
@@ -103,13 +106,13 @@ class SeriesStage:
         else:
             group.open -= 1
 
-    def _resolve(self, part: _Part, hashes: list[tuple[bool, str]]) -> None:
+    def _resolve(self, part: _Part, hashes: list[str | Failure]) -> None:
         group, digests = part.group, {}
-        for ref, (good, text) in zip(part.refs, hashes, strict=True):
-            if good:
-                digests[ref.file_id, ref.frame] = text
+        for ref, outcome in zip(part.refs, hashes, strict=True):
+            if isinstance(outcome, Failure):
+                group.fail(ref, outcome)
             else:
-                group.drop(ref, "refused", text)
+                digests[ref.file_id, ref.frame] = outcome
         bad = {(drop.file_id, drop.frame) for drop in group.drops}
         resolved = resolve([ref for ref in group.refs if (ref.file_id, ref.frame) not in bad], digests)
         for ref in resolved.duplicates:
@@ -128,7 +131,7 @@ class SeriesStage:
             if isinstance(outcome, SliceStats):
                 kept.append((ref, outcome))
             else:
-                group.drop(ref, "refused", outcome)
+                group.fail(ref, outcome)
         if not kept:
             return
         name = series_name(group.key, part.label, self._hasher)

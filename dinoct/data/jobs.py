@@ -33,10 +33,17 @@ class SliceStats(NamedTuple):
     raw_max: int
 
 
-class SeriesResult(NamedTuple):
-    """`slices[i]` belongs to source i: its statistics, or the reason why it is not in the store."""
+class Failure(NamedTuple):
+    """Why a slice cannot be had. `retry`: the machine may be to blame, so the next run tries again."""
 
-    slices: list[SliceStats | str]
+    reason: str
+    retry: bool
+
+
+class SeriesResult(NamedTuple):
+    """`slices[i]` belongs to source i: its statistics, or why it is not in the store."""
+
+    slices: list[SliceStats | Failure]
     bytes_out: int
 
 
@@ -49,25 +56,25 @@ def scan_files(files: list[FileRef], step: StepHook) -> list[list[SliceHeader] |
     return result
 
 
-def hash_slices(sources: list[Source], step: StepHook) -> list[tuple[bool, str]]:
-    """Return (True, SHA-256 of the HU before clipping) or (False, reason) for each slice."""
-    result = []
+def hash_slices(sources: list[Source], step: StepHook) -> list[str | Failure]:
+    """Return the SHA-256 of the HU before clipping, or a Failure, for each slice."""
+    result: list[str | Failure] = []
     with OpenFiles() as files:
         for i, source in enumerate(sources):
             step(i)
             try:
                 header = source.header
                 hu = to_hu(files.stored(source), header.slope, header.intercept)
-                result.append((True, hashlib.sha256(hu.astype("<i4")).hexdigest()))
+                result.append(hashlib.sha256(hu.astype("<i4")).hexdigest())
             except (Refused, MemoryError, OSError) as error:
-                result.append((False, _reason(error)))
+                result.append(_failure(error))
     return result
 
 
 def write_series(job: SeriesJob, step: StepHook) -> SeriesResult:
     """Decode the slices of a series in order and write those that are good; no file is left where none is."""
     header = job.sources[0].header
-    slices: list[SliceStats | str] = []
+    slices: list[SliceStats | Failure] = []
     writer = SeriesWriter(Path(job.folder), job.name, slices=len(job.sources), rows=header.rows, cols=header.cols)
     try:
         with OpenFiles() as files:
@@ -76,12 +83,12 @@ def write_series(job: SeriesJob, step: StepHook) -> SeriesResult:
                 try:
                     pixels, stats = _slice(files.stored(source), source.header, job)
                 except (Refused, MemoryError, OSError) as error:
-                    slices.append(_reason(error))
+                    slices.append(_failure(error))
                     continue
                 writer.append(pixels)
                 slices.append(stats)
         step(-1)
-        if all(isinstance(entry, str) for entry in slices):
+        if all(isinstance(entry, Failure) for entry in slices):
             writer.abort()
             return SeriesResult(slices, 0)
         return SeriesResult(slices, writer.commit())
@@ -99,7 +106,8 @@ def _slice(stored: np.ndarray, header: SliceHeader, job: SeriesJob) -> tuple[np.
     return pixels, SliceStats(checksum(pixels), body, mean, *ends)
 
 
-def _reason(error: Exception) -> str:
+def _failure(error: Exception) -> Failure:
     if isinstance(error, Refused):
-        return str(error)
-    return OUT_OF_MEMORY if isinstance(error, MemoryError) else f"cannot be read ({type(error).__name__})"
+        return Failure(str(error), retry=False)
+    known = isinstance(error, MemoryError)
+    return Failure(OUT_OF_MEMORY if known else f"cannot be read ({type(error).__name__})", retry=True)

@@ -149,7 +149,7 @@ def read_volume(path: str) -> np.ndarray:
     reader = _reader(path)
     if path.lower().endswith((".nii", ".nii.gz")):
         _check_nifti(path, reader)
-    image = _guarded(reader.Execute)
+    image = _guarded(reader.Execute, path)
     voxels = sitk.GetArrayViewFromImage(image)
     low, high = float(voxels.min()), float(voxels.max())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -182,7 +182,7 @@ def _reader(path: str) -> Any:
         raise Refused("the pixel data of the volume is not one file beside it")
     reader = sitk.ImageFileReader()
     reader.SetFileName(path)
-    _guarded(reader.ReadImageInformation)
+    _guarded(reader.ReadImageInformation, path)
     if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
         raise Refused("not a volume of three dimensions with one value per voxel")
     if reader.GetPixelID() not in (sitk.sitkInt16, sitk.sitkInt32, sitk.sitkInt64, sitk.sitkFloat32, sitk.sitkFloat64):
@@ -192,13 +192,21 @@ def _reader(path: str) -> Any:
     return reader
 
 
-def _guarded(read: Callable[[], Any]) -> Any:
+def _guarded(read: Callable[[], Any], path: str) -> Any:
+    """Call a reader of the library. Raises Refused for a bad file, and OSError for one that may not be read."""
     try:
         return read()
     except RuntimeError as error:  # its text quotes the path
         if "memory" in str(error).lower() or "bad_alloc" in str(error):
             raise MemoryError from None
+        _touch(path)
         raise Refused("the volume cannot be read: damaged, cut, or its pixel file is missing") from None
+
+
+def _touch(path: str) -> None:
+    for name in (path, *_companions(path)):
+        with suppress(FileNotFoundError, ValueError), open(name, "rb") as handle:
+            handle.read(1)
 
 
 def _nifti(reader: Any, key: str) -> int:
@@ -223,7 +231,7 @@ def _check_nifti(path: str, reader: Any) -> None:
                 ):
                     raise Refused("voxels that are not finite")
             handle.read(1)  # at the end of gzip the checksum is compared
-    except (OSError, EOFError, zlib.error):
+    except (gzip.BadGzipFile, EOFError, zlib.error):
         raise Refused("the volume is damaged or cut (gzip)") from None
     if left:
         raise Refused("the volume is cut: fewer voxels than its header says")

@@ -18,7 +18,7 @@ import pytest
 import synthetic_dicom
 from synthetic_dicom import body, enhanced, save, write_misbehaving, write_series, write_slice
 
-from dinoct.data import jobs
+from dinoct.data import dicom, files, jobs
 from dinoct.data.dataset import read_slice
 from dinoct.data.index import SliceIndex
 from dinoct.data.masks import MaskStore, write_masks
@@ -331,6 +331,8 @@ def test_a_series_is_not_shortened_because_the_disk_of_its_other_half_is_away(so
     with pytest.raises(PrepareError, match="6 CT files were refused"):
         prepare(tmp_path / "late", root, max_reject_fraction=0.1)
     assert len(assert_index_fits_store(root)) == 14
+    (tmp_path / "away").rename(source)
+    assert prepare([source, tmp_path / "late"], root).slices_written == 15
 
 
 def test_files_that_share_a_series_uid_across_patients_are_not_merged(tmp_path, root):
@@ -528,6 +530,27 @@ def test_files_that_hang_crash_or_eat_memory_are_rows_and_the_run_goes_on(source
     assert (report.files_seen, report.slices_written) == (20, 14)
     # What the machine may be to blame for is tried again.
     assert prepare(source, root, 2).slices_written == 18
+
+
+@pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), OSError(5, "EIO"), MemoryError()])
+@pytest.mark.parametrize("stage", ["dicom.opened", "files.OpenFiles._open"])
+def test_what_could_not_be_read_is_read_by_the_next_run(source, root, monkeypatch, stage, fault):
+    """A permission that is given, or a disk that answers again, changes neither the time nor the size of a file."""
+    module, name = stage.split(".", 1)
+    where = {"dicom": dicom, "files": files.OpenFiles}[module]
+    real = getattr(where, name.rsplit(".", 1)[-1])
+
+    def failing(*args):
+        if "/b2/" in str(args):
+            raise fault
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name.rsplit(".", 1)[-1], failing)
+        report = prepare(source, root, max_reject_fraction=0.5)
+        assert (report.slices_written, sum(report.rejected.values())) == (11, 5)
+    report = prepare(source, root)
+    assert (report.slices_written, len(rejects(root))) == (14, 2)
 
 
 KILLED = """

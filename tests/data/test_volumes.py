@@ -228,3 +228,26 @@ def test_a_folder_of_pictures_is_refused_with_what_is_missing(tmp_path):
     words = r"2  a picture \(PNG\) has no Hounsfield units: give the DICOM, MHD or NIfTI it was made from"
     assert caught.match(words)
     assert sum("has no Hounsfield units" in line for line in str(caught.value).splitlines()) == 4
+
+
+def test_a_volume_that_may_not_be_read_is_read_once_it_may(tmp_path, monkeypatch):
+    for i in range(3):
+        write(image(10 * i), tmp_path / "in" / f"{i}.nii")
+
+    def closed(path, *args, **options):  # as root, permissions would not keep the test out
+        if str(path).endswith("0.nii"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, *args, **options)
+
+    def refuse(read, path, guarded=volumes._guarded):
+        def broken():
+            raise RuntimeError("unable to open")
+
+        return guarded(broken if path.endswith("0.nii") else read, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes, "open", closed, raising=False)
+        patch.setattr(volumes, "_guarded", refuse)
+        assert prepare(tmp_path / "in", tmp_path / "root").slices_written == 12
+        assert reasons(tmp_path / "root") == {"0.nii": "volume cannot be read (PermissionError)"}
+    assert prepare(tmp_path / "in", tmp_path / "root").slices_written == 18
