@@ -79,7 +79,7 @@ class DataConfig:
 @dataclass
 class SplitConfig:
     val_fraction: float = 0.1  # of the patients
-    val_patients: list[str] = field(default_factory=list)  # names them outright: PatientIDs or keys of the index
+    val_patients: list[str] | None = None  # names them: PatientIDs or keys of the index; null: as before; []: by hash
 
 
 @dataclass

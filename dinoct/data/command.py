@@ -51,7 +51,7 @@ def prepare_command(cfg: PrepareConfig, *, arguments: Sequence[str]) -> None:
         forget_missing=cfg.prepare.forget_missing,
         split_seed=cfg.data.split_seed,
         val_fraction=cfg.split.val_fraction,
-        val_patients=tuple(cfg.split.val_patients),
+        val_patients=None if cfg.split.val_patients is None else tuple(cfg.split.val_patients),
     )
     console.print(
         f"prepare: {workers} decoding processes ({'auto: cores' if cfg.prepare.workers is None else 'prepare.workers'})"
@@ -139,3 +139,8 @@ def _print_report(report: PrepareReport) -> None:
     )
     console.print(f"index {report.index_csv}", markup=False)
     console.print(f"split {report.split_manifest}", markup=False)
+    if report.named_kept:
+        console.print(
+            f"  held out by name in an earlier run, and kept: {report.named_kept}; split.val_patients=[] ends that",
+            markup=False,
+        )

@@ -17,7 +17,8 @@ class PrepareOptions:
 
     `max_reject_fraction` limits refused CT files / (refused CT files + slices). `file_timeout_s` and `memory_mb` hold
     per file. `forget_missing` forgets files that are not there even where a whole source is gone. HU are clipped to
-    [hu_min, hu_max]. `val_patients` are PatientIDs, or patient keys of the index.
+    [hu_min, hu_max]. `val_patients` are PatientIDs, or patient keys of the index; None: those that an earlier run named
+    stay, and without such a run, or where it is empty, a hash decides.
     """
 
     workers: int
@@ -27,7 +28,7 @@ class PrepareOptions:
     forget_missing: bool = False
     split_seed: int = 0
     val_fraction: float = 0.1
-    val_patients: tuple[str, ...] = ()
+    val_patients: tuple[str, ...] | None = None
     hu_min: int = HU_MIN
     hu_max: int = HU_MAX
 
@@ -58,7 +59,8 @@ class Progress:
 class PrepareReport:
     """What a run did. Files and slices count all that the root holds, `slices_new` and the bytes only this run.
 
-    `files_vanished` were forgotten, `files_missing` belong to sources that were not named and are kept.
+    `files_vanished` were forgotten, `files_missing` belong to sources that were not named and are kept. `named_kept`
+    counts the held-out patients that an earlier run named and this one did not.
     """
 
     files_seen: int
@@ -76,3 +78,4 @@ class PrepareReport:
     files_vanished: int
     files_missing: int
     series_left: int
+    named_kept: int

@@ -227,7 +227,7 @@ def _report(run: _Run) -> PrepareReport:
             f"prepare.max_reject_fraction={options.max_reject_fraction:g}; all are in {tables.rejects_csv}:{summary}"
         )
     index = _put_in_place(run, tables)
-    manifest = publish_split(
+    manifest, kept = publish_split(
         run.root,
         index,
         run.hasher,
@@ -251,4 +251,5 @@ def _report(run: _Run) -> PrepareReport:
         files_vanished=run.files_vanished,
         files_missing=sources.missing(catalog.db),
         series_left=len(run.series_before - catalog.series_names()),
+        named_kept=kept,
     )

@@ -60,24 +60,29 @@ def publish(root: Path, catalog: Catalog) -> Tables:
 
 
 def publish_split(
-    root: Path, index: SliceIndex, hasher: Hasher, *, seed: int, fraction: float, val_patients: Sequence[str]
-) -> Path:
-    """Write the split manifest and return its path. `val_patients` are PatientIDs or patient keys of the index."""
+    root: Path, index: SliceIndex, hasher: Hasher, *, seed: int, fraction: float, val_patients: Sequence[str] | None
+) -> tuple[Path, int]:
+    """Write the split manifest; return its path, and how many patients of an earlier manifest stay held out by name.
+
+    `val_patients` are PatientIDs or patient keys of the index; None: what the manifest before this one named.
+    """
     path = root / "_splits" / split_file_name(fraction, seed)
     try:
         previous = SplitManifest.load(path)
     except DinoctError:  # none yet, or not readable: a fresh one takes its place
         previous = None
+    if val_patients is not None:
+        val_patients = [name if name in index.patient_names else hasher.patient(name) for name in val_patients]
     manifest = SplitManifest.build(
         index,
         dataset_id=hasher.key("dataset"),
         seed=seed,
         fraction=fraction,
-        val_patients=[name if name in index.patient_names else hasher.patient(name) for name in val_patients],
+        val_patients=val_patients,
         previous=previous,
     )
     manifest.save(path)
-    return path
+    return path, len(manifest.val) if manifest.named and val_patients is None else 0
 
 
 def explain(root: Path, key: str) -> dict[str, object]:

@@ -96,14 +96,21 @@ class SplitManifest:
         dataset_id: str,
         seed: int,
         fraction: float,
-        val_patients: Sequence[str] = (),
+        val_patients: Sequence[str] | None = None,
         previous: "SplitManifest | None" = None,
     ) -> "SplitManifest":
-        """Split the patients of `index`; `previous` is an earlier manifest of the same seed, fraction and data set."""
-        keep = previous is not None and not previous.named and previous.dataset_id == dataset_id
-        keep = keep and (previous.seed, previous.fraction) == (seed, fraction)
+        """Split the patients of `index`; `previous` is an earlier manifest of the same seed, fraction and data set.
+
+        `val_patients`: None keeps those that `previous` named, newcomers go to train; empty: back to the draws.
+        """
+        same = previous is not None and previous.dataset_id == dataset_id
+        same = same and (previous.seed, previous.fraction) == (seed, fraction)
+        patients = [index.patient_names[code] for code in np.unique(index.patient)]
+        if val_patients is None:
+            val_patients = _still_named(previous.val, patients) if same and previous.named else ()
+        keep = same and not previous.named
         train, val = make_split(
-            (index.patient_names[code] for code in np.unique(index.patient)),
+            patients,
             seed=seed,
             fraction=fraction,
             val_patients=val_patients,
@@ -159,6 +166,16 @@ class SplitManifest:
         in_val = np.array([name in self.val for name in index.patient_names], dtype=bool)
         val = in_val[index.patient] if len(index) else np.zeros(0, dtype=bool)
         return ~val, val
+
+
+def _still_named(val: frozenset[str], patients: Iterable[str]) -> list[str]:
+    left = sorted(val.intersection(patients))
+    if not left:
+        raise DinoctError(
+            f"the {len(val)} held-out patients that split.val_patients named before are not in the data any more: name "
+            "others, or split.val_patients=[] to have a hash choose them"
+        )
+    return left
 
 
 def _counts(index: SliceIndex) -> dict[str, int]:

@@ -440,6 +440,9 @@ def test_validation_patients_by_raw_id_or_by_key(source, root):
     index = SliceIndex.load(report.index_csv)
     assert sum(index.patient_name(i) == key for i in range(len(index))) == 7
     assert SplitManifest.load(prepare(source, root, val_patients=(key,)).split_manifest).val == {key}
+    again = prepare(source, root)
+    assert (again.named_kept, SplitManifest.load(again.split_manifest).val) == (1, {key})
+    assert prepare(source, root, val_patients=()).named_kept == 0
     with pytest.raises(PrepareError, match="1 of the names are not among the 3 patients"):
         prepare(source, root, val_patients=("P2", "Nobody"))
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,9 +69,24 @@ def test_another_seed_or_data_set_ignores_the_previous_split(tmp_path):
     named = SplitManifest.build(index, dataset_id="d", seed=0, fraction=0.1, val_patients=PATIENTS[:3])
     assert named.val == set(PATIENTS[:3])
     fresh = SplitManifest.build(index, dataset_id="d", seed=0, fraction=0.1)
-    for previous in (named, SplitManifest.build(index, dataset_id="other", seed=0, fraction=0.5)):
-        again = SplitManifest.build(index, dataset_id="d", seed=0, fraction=0.1, previous=previous)
+    other = SplitManifest.build(index, dataset_id="other", seed=0, fraction=0.5)
+    for previous, seed in ((other, 0), (replace(named, dataset_id="other"), 0), (replace(named, seed=1), 0)):
+        again = SplitManifest.build(index, dataset_id="d", seed=seed, fraction=0.1, previous=previous)
         assert again.val == fresh.val
+
+
+def test_patients_held_out_by_name_stay_so_until_others_are_named(tmp_path):
+    few, all_ = make_index(tmp_path, PATIENTS[:8]), make_index(tmp_path, PATIENTS)
+    split = partial(SplitManifest.build, dataset_id="d", seed=0, fraction=0.5)
+    named = split(few, val_patients=PATIENTS[:3])
+    grown = split(all_, previous=named)
+    assert (grown.val, grown.named) == (set(PATIENTS[:3]), True)
+    assert grown.train == set(PATIENTS[3:])  # newcomers
+    assert split(few, previous=grown).val == named.val
+    assert split(all_, previous=grown, val_patients=PATIENTS[9:11]).val == set(PATIENTS[9:11])
+    assert split(all_, previous=grown, val_patients=[]) == split(all_)  # the way back to the hash
+    with pytest.raises(DinoctError, match=r"3 held-out patients .* split.val_patients=\[\]"):
+        split(make_index(tmp_path, PATIENTS[3:]), previous=named)
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
