@@ -72,7 +72,10 @@ def sort_slices(slices: Sequence[SliceRef]) -> list[SliceRef]:
 
 
 def clusters(ordered: Sequence[SliceRef]) -> list[list[SliceRef]]:
-    """Return the sets of two or more sorted slices that share a position."""
+    """Return the sets of two or more sorted slices that share a position, each with the one before it.
+
+    With the first of the set it would not do: without that one (it may not decode) others would share a position.
+    """
     result: list[list[SliceRef]] = []
     last = -math.inf
     for ref in ordered:
@@ -81,7 +84,7 @@ def clusters(ordered: Sequence[SliceRef]) -> list[list[SliceRef]]:
             result[-1].append(ref)
         else:
             result.append([ref])
-            last = place
+        last = place
     return [cluster for cluster in result if len(cluster) > 1]
 
 

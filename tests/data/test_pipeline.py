@@ -377,6 +377,17 @@ def test_two_phases_become_two_series_and_indistinct_ones_are_refused(tmp_path, 
     assert found == sorted(int(body(phase * 10)[32, 32]) for phase in (1, 2))
 
 
+def test_a_slice_that_does_not_decode_beside_others_at_its_position_is_refused_alone(source, root):
+    for i, z in enumerate((0.0, 0.008, 0.014)):
+        hu = body(i)
+        hu[0, 0] = 4000 if i == 0 else 0  # more than 12 bits hold
+        write_slice(source / f"x{i}", hu, z=z, PatientID="X", BitsStored=12, HighBit=11)
+    write_slice(source / "x3", body(9), z=2.5, PatientID="X")
+    report = prepare(source, root, max_reject_fraction=0.5)
+    assert report.rejected["pixel values do not fit BitsStored"] == 1
+    assert report.files_seen == report.files_with_slices + len(rejects(root))
+
+
 def test_an_enhanced_file_with_two_time_points_is_one_file_and_two_series(tmp_path, root):
     frames = [
         {"stored": body(10 * t + z).astype(np.int32) + 1024, "slope": 1, "intercept": -1024, "z": z, "temporal": t}

@@ -105,6 +105,15 @@ def test_slices_a_tenth_of_a_millimetre_apart_are_no_duplicates(header):
     assert clusters(sort_slices(refs(header, [0, 0.1, 0.2]))) == []
 
 
+def test_what_shares_a_position_does_so_whichever_slice_is_missing(header):
+    slices = refs(header, [0, 0.008, 0.014, 5])
+    (shared,) = clusters(sort_slices(slices))
+    assert [ref.file_id for ref in shared] == ["file0", "file1", "file2"]
+    for missing in range(3):
+        rest = [ref for i, ref in enumerate(slices) if i != missing]
+        assert all(set(cluster) <= set(shared) for cluster in clusters(rest))  # so their pixels are known
+
+
 def test_two_phases_are_split_by_the_tag_that_tells_them_apart(header):
     slices = refs(
         header, [0, 2, 0, 2], AcquisitionNumber=["3", "3", "3", "3"], TemporalPositionIdentifier=["2", "2", "1", "1"]
