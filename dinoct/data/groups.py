@@ -9,7 +9,7 @@ from dinoct.data.catalog import Catalog, Drop, SeriesRecord
 from dinoct.data.files import Source
 from dinoct.data.jobs import Failure, SeriesResult, SliceStats
 from dinoct.data.privacy import Hasher, csv_cell
-from dinoct.data.series import TWO_SERIES, SliceRef, clusters, geometry, resolve, series_name, sort_slices
+from dinoct.data.series import SliceRef, clusters, geometry, resolve, series_name, sort_slices
 from dinoct.data.workers import Finished, Lost, Task
 
 
@@ -86,12 +86,14 @@ class SeriesStage:
 
     def _hash(self, group: _Group, refs: list[SliceRef]) -> Task:
         group.open = 1
-        return Task(jobs.hash_slices, group.payload(refs), _Part(group, refs))
+        return Task(jobs.hash_slices, self._job("", group, refs), _Part(group, refs))
 
     def _write(self, group: _Group, refs: list[SliceRef], label: str) -> Task:
         name = series_name(group.key, label, self._hasher)
-        job = jobs.SeriesJob(str(self._store), name, group.payload(refs), *self._hu_range)
-        return Task(jobs.write_series, job, _Part(group, refs, label))
+        return Task(jobs.write_series, self._job(name, group, refs), _Part(group, refs, label))
+
+    def _job(self, name: str, group: _Group, refs: list[SliceRef]) -> jobs.SeriesJob:
+        return jobs.SeriesJob(str(self._store), name, group.payload(refs), *self._hu_range)
 
     def _lose(self, part: _Part, outcome: Lost) -> None:
         """Leave out the slice that ended the worker and do the rest again."""
@@ -118,7 +120,7 @@ class SeriesStage:
         for ref in resolved.duplicates:
             group.drop(ref, "duplicate", "same position and pixels as another file of the series")
         for ref in resolved.refused:
-            group.drop(ref, "refused", TWO_SERIES)
+            group.drop(ref, "refused", resolved.reason)
         group.open = len(resolved.series)
         for label, refs in resolved.series:
             self._again(self._write(group, refs, label))

@@ -56,15 +56,17 @@ def scan_files(files: list[FileRef], step: StepHook) -> list[list[SliceHeader] |
     return result
 
 
-def hash_slices(sources: list[Source], step: StepHook) -> list[str | Failure]:
-    """Return the SHA-256 of the HU before clipping, or a Failure, for each slice."""
+def hash_slices(job: SeriesJob, step: StepHook) -> list[str | Failure]:
+    """Return the SHA-256 of the HU before clipping, or a Failure, for each slice; one without an image fails here.
+
+    A blank slice at the position of a good one is no other series.
+    """
     result: list[str | Failure] = []
     with OpenFiles() as files:
-        for i, source in enumerate(sources):
+        for i, source in enumerate(job.sources):
             step(i)
             try:
-                header = source.header
-                hu = to_hu(files.stored(source), header.slope, header.intercept)
+                hu, _, _ = _pixels(files.stored(source), source.header, job)
                 result.append(hashlib.sha256(hu.astype("<i4")).hexdigest())
             except (Refused, MemoryError, OSError) as error:
                 result.append(_failure(error))
@@ -97,10 +99,15 @@ def write_series(job: SeriesJob, step: StepHook) -> SeriesResult:
         raise
 
 
-def _slice(stored: np.ndarray, header: SliceHeader, job: SeriesJob) -> tuple[np.ndarray, SliceStats]:
+def _pixels(stored: np.ndarray, header: SliceHeader, job: SeriesJob) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Return the HU before clipping, what the store gets, and the smallest and the largest of the former."""
     ends = hu_ends(stored, header.slope, header.intercept)
     hu = to_hu(stored, header.slope, header.intercept, ends)
-    pixels = finish_hu(hu, stored, header.padding, hu_min=job.hu_min, hu_max=job.hu_max, ends=ends)
+    return hu, finish_hu(hu, stored, header.padding, hu_min=job.hu_min, hu_max=job.hu_max, ends=ends), ends
+
+
+def _slice(stored: np.ndarray, header: SliceHeader, job: SeriesJob) -> tuple[np.ndarray, SliceStats]:
+    _, pixels, ends = _pixels(stored, header, job)
     body = np.count_nonzero(pixels > BODY_HU) / pixels.size
     mean = int(pixels.sum(axis=0, dtype=np.int32).sum(dtype=np.int64)) / pixels.size
     return pixels, SliceStats(checksum(pixels), body, mean, *ends)

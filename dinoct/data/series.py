@@ -17,6 +17,8 @@ from dinoct.data.tags import PHASE_TAGS
 
 SAME_PLACE_MM = 0.01  # headers round positions to about a micrometre, and no scanner steps by less than a tenth of a mm
 TWO_SERIES = "two series in one: same position, other pixels, and no tag tells them apart"
+SAME_PLACE = "same position as another file of the series, other pixels, and no tag tells them apart"
+FEW = 0.1  # of the positions: below this share of conflicts a series is one with some bad slices, and not two
 
 
 class SliceRef(NamedTuple):
@@ -38,11 +40,12 @@ class Geometry(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """What became of a group: series as (label, slices in order), duplicates, and slices refused for `TWO_SERIES`."""
+    """What became of a group: series as (label, slices in order), duplicates, and slices refused, with the reason."""
 
     series: list[tuple[str, list[SliceRef]]]
     duplicates: list[SliceRef]
     refused: list[SliceRef]
+    reason: str = ""
 
 
 def hashed(header: SliceHeader, hasher: Hasher) -> SliceHeader:
@@ -93,13 +96,15 @@ def resolve(slices: Sequence[SliceRef], digests: Mapping[tuple[str, int], str]) 
 
     `digests` maps (file_id, frame) of every slice that shares a position to a hash of its HU. Same position and same
     pixels: the first stays. Same position and other pixels: the first tag of PHASE_TAGS whose values leave no shared
-    position splits the group; without one the group is refused, since any choice would mix two series.
+    position splits the group. Without one the slices in conflict are refused where they are at less than `FEW` of the
+    positions; else the whole group is, since any choice would mix two series.
     """
     ordered = sort_slices(slices)
     duplicates = _duplicates(ordered, digests)
     dropped = {(ref.file_id, ref.frame) for ref in duplicates}
     unique = [ref for ref in ordered if (ref.file_id, ref.frame) not in dropped]
-    if not clusters(unique):
+    conflicts = clusters(unique)
+    if not conflicts:
         return Resolved([("", unique)] if unique else [], duplicates, [])
     for i, name in enumerate(PHASE_TAGS):
         parts: dict[str, list[SliceRef]] = {}
@@ -107,7 +112,12 @@ def resolve(slices: Sequence[SliceRef], digests: Mapping[tuple[str, int], str]) 
             parts.setdefault(ref.header.phase[i], []).append(ref)
         if len(parts) > 1 and "" not in parts and not any(clusters(part) for part in parts.values()):
             return Resolved([(f"{name}={value}", parts[value]) for value in sorted(parts)], duplicates, [])
-    return Resolved([], duplicates, unique)
+    refused = [ref for cluster in conflicts for ref in cluster]
+    if len(conflicts) < FEW * (len(unique) - len(refused) + len(conflicts)):
+        bad = {(ref.file_id, ref.frame) for ref in refused}
+        rest = [ref for ref in unique if (ref.file_id, ref.frame) not in bad]
+        return Resolved([("", rest)], duplicates, refused, SAME_PLACE)
+    return Resolved([], duplicates, unique, TWO_SERIES)
 
 
 def _duplicates(ordered: Sequence[SliceRef], digests: Mapping[tuple[str, int], str]) -> list[SliceRef]:

@@ -377,6 +377,16 @@ def test_two_phases_become_two_series_and_indistinct_ones_are_refused(tmp_path, 
     assert found == sorted(int(body(phase * 10)[32, 32]) for phase in (1, 2))
 
 
+def test_blank_slices_at_the_positions_of_good_ones_cost_nothing_but_themselves(source, root):
+    for i in range(3):
+        blank = np.full((64, 64), -1000, np.int16) + (body(i) + 20_000 if i == 1 else np.int16(0))
+        place = {"z": -2.5 * i, "PatientID": "P2", **same_series(source / "b" / "0000")}
+        write_slice(source / f"x{i}", blank, **place)
+    report = prepare(source, root)
+    assert report.slices_written == 14
+    assert (report.rejected["constant slice"], report.rejected["values cannot be HU"]) == (2, 1)
+
+
 def test_a_slice_that_does_not_decode_beside_others_at_its_position_is_refused_alone(source, root):
     for i, z in enumerate((0.0, 0.008, 0.014)):
         hu = body(i)

@@ -129,3 +129,12 @@ def test_two_series_that_nothing_tells_apart_are_refused_whole(header, values):
     resolved = resolve(slices, digests(slices, "abcd"))
     assert resolved.series == []
     assert len(resolved.refused) == 4
+
+
+@pytest.mark.parametrize(("positions", "kept"), [(11, 10), (10, 0)])
+def test_a_position_that_is_taken_twice_costs_its_slices_and_not_the_series(header, positions, kept):
+    slices = refs(header, [*range(0, 2 * positions, 2), 4])
+    resolved = resolve(slices, digests([slices[2], slices[-1]], "ab"))
+    assert sum(len(part) for _, part in resolved.series) == kept
+    assert len(resolved.refused) == positions + 1 - kept
+    assert resolved.reason.startswith("same position as" if kept else "two series in one")
