@@ -5,10 +5,13 @@ touches. zstd level 1 behind SHUFFLE was the smallest of the codecs that read in
 notice a flipped bit: `verify` compares a slice with the CRC-32 that the index holds.
 """
 
+import errno
 import os
 import re
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Read by the C library: without it four threads start at each write into a file, for the file's table of offsets.
@@ -35,6 +38,7 @@ COMPRESSION = {
     "nthreads": 1,
 }
 _MAX_HANDLES = 1024  # a handle is a small header in memory; Blosc2 opens the file anew at each read
+_ROOM_BYTES = 2**16  # for the table of offsets, beside a slice
 MASKS = "_masks"  # folder beside the store, with a file of masks per series where there are some
 NEXT = ".next"  # a series that takes the place of an older one as soon as an index is written that fits it
 _SERIES = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -65,18 +69,20 @@ class SeriesWriter:
         self._temporary = folder / f".{series}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}"
         self._shape = (rows, cols)
         self._count = 0
+        self._room = rows * cols * 2 + _ROOM_BYTES
         blocks = (1, min(BLOCK[0], rows), min(BLOCK[1], cols))
-        self._array = blosc2.empty(
-            (slices, rows, cols),
-            dtype=np.dtype("<i2"),
-            chunks=(1, rows, cols),
-            blocks=blocks,
-            cparams=COMPRESSION,
-            dparams={"nthreads": 1},
-            urlpath=str(self._temporary),
-            contiguous=True,
-            mode="w",
-        )
+        with self._disk_errors():
+            self._array = blosc2.empty(
+                (slices, rows, cols),
+                dtype=np.dtype("<i2"),
+                chunks=(1, rows, cols),
+                blocks=blocks,
+                cparams=COMPRESSION,
+                dparams={"nthreads": 1},
+                urlpath=str(self._temporary),
+                contiguous=True,
+                mode="w",
+            )
         # Where whole blocks tile the slice, a chunk is the slice in C order: no copy, a quarter faster.
         self._tiles = rows % blocks[1] == 0 and cols == blocks[2]
 
@@ -84,21 +90,33 @@ class SeriesWriter:
         """Write the next slice: int16 [rows, cols]."""
         if pixels.shape != self._shape or pixels.dtype != np.int16:
             raise ValueError(f"expected int16 {self._shape}, got {pixels.dtype} {pixels.shape}")
-        if self._tiles:
-            self._array.schunk.update_data(self._count, np.ascontiguousarray(pixels), copy=False)
-        else:
-            self._array[self._count] = pixels
+        with self._disk_errors():
+            if self._tiles:
+                self._array.schunk.update_data(self._count, np.ascontiguousarray(pixels), copy=False)
+            else:
+                self._array[self._count] = pixels
         self._count += 1
 
     def commit(self) -> int:
         """Put the series in its place, shortened to the slices that were appended; return its size in bytes."""
         if self._count < self._array.shape[0]:
-            self._array.resize((self._count, *self._shape))
+            with self._disk_errors():
+                self._array.resize((self._count, *self._shape))
         del self._array
         sync(self._temporary)
         size = self._temporary.stat().st_size
         os.replace(self._temporary, self.path.with_suffix(NEXT) if self.path.exists() else self.path)
         return size
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Blosc2 raises RuntimeError for a failed write and keeps the system's reason to itself: look for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            disk = os.statvfs(self._temporary.parent)
+            code = errno.ENOSPC if disk.f_bavail * disk.f_frsize < self._room else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
 
     def abort(self) -> None:
         self._temporary.unlink(missing_ok=True)

@@ -1,7 +1,10 @@
 """The slice store: what is written is read, in part and in whole, and damage shows."""
 
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 
 import blosc2
 import numpy as np
@@ -73,6 +76,40 @@ def test_sweep_removes_what_a_killed_run_left_and_series_no_longer_wanted(tmp_pa
     sweep_temporary(tmp_path)
     remove_series_except(tmp_path, {"a"})
     assert [path.name for path in tmp_path.iterdir()] == ["a.b2nd"]
+
+
+FAILED_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from dinoct.data.store import SeriesWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = SeriesWriter(Path(sys.argv[1]), "a", slices=4, rows=512, cols=512)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))  # a write that fails for real, without filling a disk
+try:
+    writer.append(np.random.default_rng(0).integers(-1000, 1000, (512, 512)).astype(np.int16))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_write_that_fails_is_an_error_of_the_disk(tmp_path):
+    result = subprocess.run([sys.executable, "-c", FAILED_WRITE, tmp_path], capture_output=True, text=True, check=True)
+    assert result.stdout == "Input/output error\n"
+
+
+def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
+    class Full:
+        @property
+        def schunk(self):
+            raise RuntimeError("Could not update")
+
+    writer = SeriesWriter(tmp_path, "a", slices=2, rows=128, cols=512)
+    writer._array = Full()
+    full = os.statvfs_result((4096, 4096, 1000, 0, 16, 0, 0, 0, 0, 255))
+    monkeypatch.setattr("dinoct.data.store.os.statvfs", lambda _: full)
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.append(stack((128, 512))[0])
 
 
 def test_a_flipped_bit_is_noticed_by_the_checksum(tmp_path):
