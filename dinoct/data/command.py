@@ -126,6 +126,8 @@ def _print_report(report: PrepareReport) -> None:
             f"{report.files_missing} files of sources that were not named are not there (moved, deleted, or a disk "
             "that is not mounted): they stay in the data set; prepare.forget_missing=true forgets them"
         )
+    if report.series_nameless:
+        console.print(f"WARNING: {report.series_nameless} series have no PatientID: they count as one patient")
     rate = report.slices_new / max(report.seconds, 1e-9)
     console.print(
         f"{report.files_seen} files: {report.files_with_slices} gave slices, {sum(report.rejected.values())} did not; "

@@ -60,7 +60,8 @@ class PrepareReport:
     """What a run did. Files and slices count all that the root holds, `slices_new` and the bytes only this run.
 
     `files_vanished` were forgotten, `files_missing` belong to sources that were not named and are kept. `named_kept`
-    counts the held-out patients that an earlier run named and this one did not.
+    counts the held-out patients that an earlier run named and this one did not, `series_nameless` series without a
+    PatientID, which count as one patient.
     """
 
     files_seen: int
@@ -79,3 +80,4 @@ class PrepareReport:
     files_missing: int
     series_left: int
     named_kept: int
+    series_nameless: int

@@ -227,6 +227,11 @@ def _report(run: _Run) -> PrepareReport:
             f"prepare.max_reject_fraction={options.max_reject_fraction:g}; all are in {tables.rejects_csv}:{summary}"
         )
     index = _put_in_place(run, tables)
+    nameless = catalog.one("SELECT COUNT(*) FROM series WHERE patient = ?", run.hasher.patient(""))[0]
+    if nameless and len(index.patient_names) < 2:
+        raise PrepareError(
+            f"a split needs two patients; {nameless} series have no PatientID and count as one: write that tag first"
+        )
     manifest, kept = publish_split(
         run.root,
         index,
@@ -252,4 +257,5 @@ def _report(run: _Run) -> PrepareReport:
         files_missing=sources.missing(catalog.db),
         series_left=len(run.series_before - catalog.series_names()),
         named_kept=kept,
+        series_nameless=nameless,
     )

@@ -455,6 +455,15 @@ def test_one_patient_is_an_error_that_leaves_the_index(tmp_path, root):
     assert len(SliceIndex.load(root / "_index" / "index.csv")) == 3
 
 
+def test_scans_without_a_patient_are_counted(tmp_path, root):
+    for name in "ab":
+        write_series(tmp_path / "in" / name, 2, patient="", series=name, seed=ord(name), PatientID=None)
+    with pytest.raises(PrepareError, match="two patients; 2 series have no PatientID and count as one"):
+        prepare(tmp_path / "in", root)
+    write_series(tmp_path / "in" / "c", 2, patient="P1")
+    assert prepare(tmp_path / "in", root).series_nameless == 2
+
+
 def test_validation_patients_by_raw_id_or_by_key(source, root):
     report = prepare(source, root, val_patients=("P2",))
     (key,) = SplitManifest.load(report.split_manifest).val
