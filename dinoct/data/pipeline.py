@@ -191,6 +191,7 @@ def _decode(run: _Run) -> None:
     stale = run.catalog.stale_groups(wanted)
     if moved := sources.forget_moved(run.catalog, [key for key, _, _ in stale]):
         run.files_vanished += moved
+        run.catalog.drop_vanished_groups()
         stale = run.catalog.stale_groups(wanted)
     run.begin("decode", sum(count for _, _, count in stale))
     stage = SeriesStage(run.catalog, run.hasher, store, (options.hu_min, options.hu_max), run.pool.again)

@@ -13,6 +13,7 @@ from pathlib import Path
 from dinoct.data.catalog import Catalog
 from dinoct.data.options import PrepareError
 from dinoct.data.series import SliceRef
+from dinoct.data.volumes import is_volume
 from dinoct.data.walk import Found
 
 
@@ -69,7 +70,8 @@ def forget_moved(catalog: Catalog, groups: Iterable[str]) -> int:
     A folder that was moved, or mounted elsewhere, brings every slice once more, and what was refused in it too. Without
     another file in its place a file is kept, since its disk may not be mounted.
     """
-    db, gone = catalog.db, set()
+    db = catalog.db
+    gone = _moved_volumes(db)
     for group in groups:
         unseen = "SELECT 1 FROM frames JOIN files USING (file_id) WHERE grp = ? AND NOT seen LIMIT 1"
         if not db.execute(unseen, (group,)).fetchone():
@@ -85,6 +87,20 @@ def forget_moved(catalog: Catalog, groups: Iterable[str]) -> int:
     with db:
         forget(db, gone)
     return len(gone)
+
+
+def _moved_volumes(db: sqlite3.Connection) -> set[str]:
+    """Volumes name their series after their path: moved ones are known by name, size and time."""
+    query = (
+        "SELECT old.file_id, old.path, new.path FROM files old JOIN files new USING (size, mtime_ns) "
+        "WHERE NOT old.seen AND old.kind IS NULL AND new.seen"
+    )
+    same = (
+        (file_id, old)
+        for file_id, old, new in db.execute(query)
+        if is_volume(old) and os.path.basename(old) == os.path.basename(new)
+    )
+    return {file_id for file_id, old in same if is_gone(old)}
 
 
 def _slice(ref: SliceRef) -> tuple:

@@ -186,7 +186,7 @@ class SliceStore:
         try:
             pixels = array[int(row)] if window is None else array[(int(row), *window)]
         except Exception as error:
-            del self._handles[series]  # a file that was replaced is no longer the one that the handle knows
+            self._handles.pop(series, None)  # a file that was replaced is no longer the one that the handle knows
             raise DinoctError(
                 f"series {series} of the store is damaged at row {row}, or was written again while it was read"
             ) from error
