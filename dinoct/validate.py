@@ -73,7 +73,7 @@ def validate_probe(probe: ProbeConfig) -> None:
     _window("probe.window", probe.window)
     _range("probe.scale", probe.scale, low=1e-3, high=1.0)
     _share("probe.flip", probe.flip)
-    for key in ("batch_size", "bootstrap", "hard_n", "fit_n", "masks_n"):
+    for key in ("batch_size", "hard_n", "fit_n", "masks_n"):
         if getattr(probe, key) < 1:
             raise ConfigError(f"probe.{key} must be at least 1, not {getattr(probe, key)}")
     if probe.seed < 0:

@@ -5,7 +5,7 @@ data=data/phantom
 run=outputs/demo/$(date +%Y%m%d_%H%M%S)
 
 echo "== 1. prepare: phantom DICOM into $data"
-dinoct-prepare source=phantom data.root="$data" phantom.patients=16 phantom.slices=32 split.val_fraction=0.25
+dinoct-prepare source=phantom data.root="$data" phantom.patients=24 phantom.slices=32 split.val_fraction=0.25
 echo "== 2. train: $run"
 dinoct-train experiment=demo data.root="$data" run_dir="$run"
 checkpoint=$(ls "$run"/checkpoint_final_*.pth)

@@ -35,7 +35,7 @@ SMALL += ["train.accumulation_steps=1", "monitor.every=null"]
 AFTER = {
     "train": [*ONE_STEP, *SMALL],
     "resume": [*ONE_STEP, "train.max_steps=3"],
-    "eval": [*ON_CPU, "probe.bootstrap=20"],
+    "eval": ON_CPU,
     "monitor": ["hardware.device=cpu"],
     "export": [],
     "embed": [*ON_CPU, "prepare.workers=0"],

@@ -66,7 +66,7 @@ def trained(phantom_root, tmp_path_factory):
         (["checkpoint={good}", "model=vit-large"], ["model=vit-large", "this one holds demo (patch 16, 32/2/4)"]),
         (["checkpoint={good}", "n=1"], ["n must be at least 2"]),
         (["checkpoint={good}", "hardware.batch_size=0"], ["hardware.batch_size must be at least 1"]),
-        (["checkpoint={good}", "probe.bootstrap=0"], ["probe.bootstrap must be at least 1"]),
+        (["checkpoint={good}", "probe.fit_n=0"], ["probe.fit_n must be at least 1"]),
         (["--checkpoint", "x"], ["--checkpoint", "KEY=VALUE"]),
         (["checkpoint={good}", "data.root=/nowhere"], ["/nowhere"]),
     ],

@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinoct.checkup import machine, machine_lines, report
 from dinoct.checkup.findings import FAIL, OK, WARN
-from dinoct.config import HardwareConfig
+from dinoct.config import DataConfig, HardwareConfig
+from dinoct.data.index import SliceIndex
+from dinoct.data.splits import SplitManifest
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,17 @@ def test_a_prepared_set_passes_and_nothing_is_left(phantom_root, workplace, capf
     assert "flash kernel for float32" in said["attention"]
     assert {"versions", "torch", "card", "bf16", "processor", "memory", "disk", "disk speed", "W&B"} <= set(said)
     assert list(workplace.iterdir()) == []
+
+
+def test_one_held_out_patient_is_a_warning(phantom_root, workplace):
+    """What he cannot prove is said before a run, and not behind it."""
+    index = SliceIndex.load(phantom_root / "_index" / "index.csv")
+    alone = [index.patient_name(0)]
+    SplitManifest.build(index, dataset_id="x", seed=0, fraction=0.1, val_patients=alone).save(workplace / "one.json")
+    cfg = DataConfig(root=str(phantom_root), split_manifest=str(workplace / "one.json"))
+    found = {finding.name: finding for finding in report.data(cfg, named=True)}
+    assert found["split"].level == WARN
+    assert "split.val_fraction" in found["split"].todo
 
 
 def test_data_that_are_not_there_fail_only_where_they_were_named(workplace, capfd):

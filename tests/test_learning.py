@@ -1,7 +1,7 @@
 """Does training teach? Budgeted in updates, judged by `dinoct-eval` on patients that training never saw.
 
-The figure is the mean percentile rank over that of the untrained start. Five seeds each, on a 2-core x86-64 CPU:
-spatial_strong .34 .34 .40 .41 .42, intensity_only .70 .84 .90 .98 1.01. top1 of 32 slices is too coarse to assert.
+The figure is the mean percentile rank over that of the untrained start. Three seeds each, on a 2-core x86-64 CPU:
+spatial_strong .55 .57 .58, intensity_only 1.43 1.48 1.49. top1 of 96 slices is too coarse to assert.
 """
 
 import json
@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from commands import run
 
-MARGIN = 0.56
+MARGIN = 0.8
 
 
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory):
-    """12 invented patients, 16 slices a series: a third of them held out."""
+    """18 invented patients, 16 slices each: six held out, with fewer no interval is narrow enough for a verdict."""
     root = tmp_path_factory.mktemp("learning") / "data"
-    sizes = ["phantom.patients=12", "phantom.slices=16", "phantom.size=128", "split.val_fraction=0.34"]
+    held_out = ",".join(f"PHANTOM-{number:03d}" for number in (5, 6, 9, 10, 13, 14))
+    sizes = ["phantom.patients=18", "phantom.slices=16", "phantom.size=128", f"split.val_patients=[{held_out}]"]
     assert run("prepare", "source=phantom", f"data.root={root}", "prepare.workers=1", *sizes) == 0
     return root
 

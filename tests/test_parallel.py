@@ -102,7 +102,7 @@ def test_two_ranks_train_as_one_process_and_hand_over(phantom_root, workplace, a
     train(phantom_root, folder, f"resume={folder}", "train.batch_size=8", "train.max_steps=4")
     train(phantom_root, folder, f"resume={folder}", *ranks(kind, 4), "train.max_steps=6")
     assert_same_course(folder, alone)
-    assert run("eval", f"checkpoint={list_checkpoints(folder)[-1]}", "n=16", "probe.bootstrap=10", "hardware=cpu") in (
+    assert run("eval", f"checkpoint={list_checkpoints(folder)[-1]}", "n=16", "hardware=cpu") in (
         0,
         2,
     )

@@ -19,7 +19,7 @@ from dinoct.data.store import SliceStore
 from dinoct.data.views import ViewSpec, sample_view
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.evals.correspondence import compare, matching_patches
-from dinoct.evals.features import neighbours, patch_hu
+from dinoct.evals.features import choose_slices, neighbours, patch_hu
 from dinoct.evals.judge import checks, figure
 from dinoct.evals.linear import label_probes, position_probe, relative_position, series_purity, shortcut_probe
 from dinoct.evals.retrieval import one_per_series, score_hard
@@ -220,7 +220,7 @@ def test_dice():
 def test_eval_measures_what_the_data_supports_and_says_why_not_the_rest(masked_root, workplace, capfd):
     write_masks(masked_root / "dicom", masked_root)
     assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=4", "ckpt.every=2", "run_dir=r") == 0
-    status = run("eval", "checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe.bootstrap=50")
+    status = run("eval", "checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0")
     assert status in (0, 2)
     text = capfd.readouterr().out
     assert "curve over 2 checkpoints" in text
@@ -239,7 +239,7 @@ def test_eval_measures_what_the_data_supports_and_says_why_not_the_rest(masked_r
 
 def test_probes_are_chosen_by_group_and_by_key(masked_root, workplace, capfd):
     assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
-    quick = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe.bootstrap=20"]
+    quick = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0"]
     assert run("eval", *quick, "probe=view_retrieval") in (0, 2)
     path = workplace / "r" / "view_retrieval_step00000001_N24.json"
     assert set(json.loads(path.read_text())["probes"]) == {"one_per_series"}
@@ -256,6 +256,28 @@ def test_probes_are_chosen_by_group_and_by_key(masked_root, workplace, capfd):
     assert "there is no checkpoint_*.pth" in capfd.readouterr().err
 
 
+def test_one_held_out_patient_is_no_proof_and_the_report_says_so(masked_root, workplace, capfd):
+    """Of three held-out patients, slices of one are drawn: they are what the report counts."""
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=2", "ckpt.every=1", "run_dir=r") == 0
+    index, split = SliceIndex.load(masked_root / "_index" / "index.csv"), masked_root / "_splits"
+    manifest = json.loads(next(split.glob("*.json")).read_text())
+    assert len(manifest["val"]) > 1
+    val = index.select(np.isin(np.array(index.patient_names)[index.patient], manifest["val"]))
+    seed = next(s for s in range(999) if len(np.unique(val.patient[choose_slices(val, 3, s)])) == 1)
+    quick = ["hardware=cpu", "hardware.num_workers=0", "probe=view_retrieval", f"probe.seed={seed}"]
+    assert run("eval", "checkpoint=r", "n=3", *quick, "probe.min_ratio=0") == 2
+    says = "one patient: no interval over patients"
+    out = " ".join(capfd.readouterr().out.split())
+    assert "n=3 slices of 1 patient" in out
+    assert f"95 %: {says}" in out
+    assert "hold out more" in out
+    report = json.loads((workplace / "r" / "view_retrieval_step00000002_N3.json").read_text())
+    assert (report["patients"], report["intervals"], report["mean_percentile_rank_95"]) == (1, says, None)
+    assert not report["checks"]["rank"]["passed"]
+    for picture in ("view_retrieval_step00000002_N3.png", "view_retrieval_curve_N3.png"):
+        assert (workplace / "r" / picture).is_file()
+
+
 def test_a_rule_about_a_figure_that_is_not_there_names_what_is():
     report = {"ratio": 2.0, "probes": {"masks": {"trained": {"dice": 0.5}}}}
     assert figure(report, "probes/masks/trained/dice") == 0.5
@@ -267,7 +289,7 @@ def test_a_rule_about_a_figure_that_is_not_there_names_what_is():
 def test_an_evaluation_is_a_wandb_run_of_its_own_in_the_runs_group(masked_root, workplace):
     assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
     arguments = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe=view_retrieval"]
-    assert run("eval", *arguments, "tracker=default", "probe.bootstrap=20") in (0, 2)
+    assert run("eval", *arguments, "tracker=default") in (0, 2)
     file = next((workplace / "r" / "wandb").glob("offline-run-*/run-*.wandb"))
     command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", file]  # the official reader
     told = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout

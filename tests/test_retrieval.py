@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from dinoct.config import ProbeConfig
 from dinoct.evals.features import histogram_encoder, pixel_encoder
 from dinoct.evals.judge import checks
-from dinoct.evals.retrieval import bootstrap_mean, dispersion, key_ranks, score
+from dinoct.evals.retrieval import dispersion, key_ranks, patient_interval, score
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -48,15 +49,29 @@ def test_dispersion_tells_spread_from_collapse():
     assert line["effective_rank"] == pytest.approx(1.0, abs=0.01)
 
 
-def test_the_bootstrap_draws_patients_because_slices_of_one_are_alike():
-    rng, patients = np.random.default_rng(0), np.repeat(np.arange(20), 50)
-    own = rng.normal(-0.1, 0.1, 20)[patients] + rng.normal(0, 0.01, 1000)  # each patient has a level of his own
-    low, high = bootstrap_mean(own, patients, draws=1000, seed=0)
-    assert low < own.mean() < high < 0
-    as_slices = bootstrap_mean(own, np.arange(1000), draws=1000, seed=0)
-    assert high - low > 4 * (as_slices[1] - as_slices[0])  # sqrt(50) where they are the same
-    alone = bootstrap_mean(own[:50], patients[:50], draws=1000, seed=0)  # of one patient, his slices
-    assert 0 < alone[1] - alone[0] < 0.01
+@pytest.mark.parametrize("patients", [2, 3, 5])
+def test_the_interval_over_few_patients_holds_the_truth_as_often_as_it_says(patients):
+    """Nothing was learned: each patient has a level of his own around 0. A bootstrap passes a third of two."""
+    rng, held, passed, times = np.random.default_rng(0), 0, 0, 1000
+    for _ in range(times):
+        which = np.repeat(np.arange(patients), rng.integers(40, 160, patients))
+        values = rng.normal(0, 0.03, patients)[which] + rng.normal(0, 0.1, len(which))
+        low, high = patient_interval(values, which)
+        held += low <= 0 <= high
+        passed += high < 0
+    assert 0.92 < held / times < 0.98
+    assert passed / times < 0.05
+
+
+def test_the_interval_is_students_where_patients_have_as_many_slices():
+    rng, patients = np.random.default_rng(0), np.repeat(np.arange(6), 50)
+    values = rng.normal(-0.1, 0.1, 6)[patients] + rng.normal(0, 0.01, 300)
+    means = values.reshape(6, 50).mean(axis=1)
+    expected = stats.t.interval(0.95, 5, means.mean(), stats.sem(means))
+    assert patient_interval(values, patients) == pytest.approx(expected)
+    shuffled = rng.permutation(300)
+    assert patient_interval(values[shuffled], patients[shuffled]) == pytest.approx(expected)
+    assert patient_interval(values[:50], patients[:50]) is None  # of others one patient says nothing
 
 
 def report(**changes) -> dict:
@@ -73,6 +88,7 @@ def report(**changes) -> dict:
         ({}, []),
         ({"ratio": 2.9}, ["ratio"]),
         ({"rank_minus_random_init_95": [-0.02, 0.01]}, ["rank"]),
+        ({"rank_minus_random_init_95": None}, ["rank"]),
         ({"ratio": 13.0, "feature_std": 0.11}, ["collapse"]),
         ({"mean_cosine": 0.98}, ["collapse"]),
     ],

@@ -113,11 +113,15 @@ def data(cfg: DataConfig, *, named: bool, verify: bool = False) -> Iterator[Find
         f"{cfg.root or cfg.index_csv}: {len(train) + len(val)} slices of {series} series, "
         f"{len(np.unique(train.patient)) + len(np.unique(val.patient))} patients",
     )
+    held = len(np.unique(val.patient))
     yield Finding(
-        OK,
+        OK if held > 1 else WARN,
         "split",
         f"{data_paths(cfg)[1].name}: {len(np.unique(train.patient))} patients with {len(train)} slices to train on, "
-        f"{len(np.unique(val.patient))} with {len(val)} held out",
+        f"{held} with {len(val)} held out",
+        ""
+        if held > 1
+        else "one held-out patient proves nothing: dinoct-prepare with split.val_fraction or val_patients",
     )
     if verify:
         yield whole_store(train.join(val), store)

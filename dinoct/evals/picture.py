@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoct.evals.table import ENCODERS, split_probes
+from dinoct.evals.table import ENCODERS, counted_patients, split_probes
 from dinoct.viz.figures import SMALL, TINY, axes_at, new_figure, save
 
 COLOURS = {"trained": "#1f77b4", "random_init": "#999999", "pixels": "#e08214", "histogram": "#b2abd2"}
@@ -18,7 +18,7 @@ def draw_summary(report: dict[str, Any], path: Path) -> None:
         WIDTH,
         HEIGHT,
         f"{report['checkpoint']}, step {report['step']}: {verdict}. Judged on {report['n']} slices of "
-        f"{report['patients']} patients that training never saw (data {report['data_manifest_hash']}).",
+        f"{counted_patients(report)} that training never saw (data {report['data_manifest_hash']}).",
     )
     _retrieval(axes_at(figure, 0.9, 4.35, 3.4, 2.3), report)
     _spectrum(axes_at(figure, 0.9, 0.7, 3.4, 2.5), report)
@@ -37,15 +37,17 @@ def _rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _retrieval(axis: Any, report: dict[str, Any]) -> None:
     rows = _rows(report)
     for place, (name, row) in enumerate(reversed(rows.items())):
-        value, (low, high) = row["mean_percentile_rank"], row["mean_percentile_rank_95"]
+        value = row["mean_percentile_rank"]
+        low, high = row["mean_percentile_rank_95"] or (value, value)
         axis.barh(place, value, color=COLOURS[name], height=0.6)
         axis.plot([low, high], [place, place], color="black", linewidth=1.2)
         axis.text(max(value, high) + 0.01, place, f"{value:.3f}", va="center", fontsize=TINY)
     axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in reversed(rows)], fontsize=SMALL)
     axis.axvline(0.5, color="black", linestyle=":", linewidth=1)
-    axis.set_xlim(0, max(0.62, *(row["mean_percentile_rank_95"][1] + 0.1 for row in rows.values())))
+    ends = [(row["mean_percentile_rank_95"] or [row["mean_percentile_rank"]])[-1] for row in rows.values()]
+    axis.set_xlim(0, max(0.62, *(end + 0.1 for end in ends)))
     axis.set_xlabel("mean percentile rank of the other view: 0 best, 0.5 chance", fontsize=SMALL)
-    axis.set_title("view retrieval, 95 % interval over patients", fontsize=SMALL)
+    axis.set_title(f"view retrieval, 95 %: {report['intervals']}", fontsize=SMALL)
     axis.tick_params(labelsize=TINY)
 
 
@@ -97,8 +99,9 @@ def draw_curve(reports: Sequence[dict[str, Any]], path: Path) -> None:
     ):
         axis = axes_at(figure, 0.7 + place * 4.1, 0.6, 3.4, 2.7)
         axis.plot(steps, [report[key] for report in reports], "o-", color=COLOURS["trained"], label="trained")
-        if key == "mean_percentile_rank":
-            low, high = zip(*(report["mean_percentile_rank_95"] for report in reports), strict=True)
+        intervals = [report["mean_percentile_rank_95"] for report in reports]
+        if key == "mean_percentile_rank" and all(intervals):
+            low, high = zip(*intervals, strict=True)
             axis.fill_between(steps, low, high, color=COLOURS["trained"], alpha=0.2, linewidth=0)
         for name, row in reports[-1]["baselines"].items():
             if key in row:

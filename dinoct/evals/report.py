@@ -96,7 +96,6 @@ def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, 
         "step": checkpoint.step,
         "git_commit": checkpoint.meta["git_commit"],
         "data_manifest_hash": checkpoint.meta["data_manifest_hash"],
-        "patients": len(np.unique(val.patient)),
         **judged,
     }
     out = Path(cfg.out) if cfg.out else checkpoint.path.parent

@@ -27,7 +27,7 @@ ENCODERS = ("trained", "random_init", "pixels", "histogram")
 def print_report(report: dict[str, Any], path: Path) -> None:
     """Retrieval, the other probes, and which of the conditions failed."""
     console.print(_retrieval(report))
-    console.print(f"chance: top1 {report['baseline']:.5f}, mean rank 0.5 (0 is best); 95 %: interval over patients")
+    console.print(f"chance: top1 {report['baseline']:.5f}, mean rank 0.5 (0 is best); 95 %: {report['intervals']}")
     measured, missing = split_probes(report["probes"])
     console.print(_probes(report["probes"], measured))
     for reason, titles in missing.items():
@@ -50,8 +50,12 @@ def split_probes(probes: dict[str, Any]) -> tuple[list[tuple[str, ...]], dict[st
     return measured, missing
 
 
+def counted_patients(report: dict[str, Any]) -> str:
+    return f"{report['patients']} patient{'s' if report['patients'] > 1 else ''}"
+
+
 def _retrieval(report: dict[str, Any]) -> Table:
-    title = f"view retrieval, step {report['step']}, n={report['n']} slices of {report['patients']} patients"
+    title = f"view retrieval, step {report['step']}, n={report['n']} slices of {counted_patients(report)}"
     table = Table(title=title, title_justify="left")
     table.add_column("encoder")
     for column in ("top1", "top5", "ratio", "rank", "95 %", "std", "cosine"):
@@ -59,7 +63,8 @@ def _retrieval(report: dict[str, Any]) -> Table:
     for name, row in [("trained", report), *report["baselines"].items()]:
         figures = [row["top1"], row["top5"], row["ratio"], row["mean_percentile_rank"]]
         cells = [f.format(v) for f, v in zip(("{:.3f}", "{:.3f}", "{:.1f}", "{:.3f}"), figures, strict=True)]
-        cells.append("{:.3f}-{:.3f}".format(*row["mean_percentile_rank_95"]))
+        interval = row["mean_percentile_rank_95"]
+        cells.append("{:.3f}-{:.3f}".format(*interval) if interval else "-")
         spread = [row.get("feature_std"), row.get("mean_cosine")]
         table.add_row(name.replace("_", " "), *cells, *("-" if v is None else f"{v:.3f}" for v in spread))
     return table
