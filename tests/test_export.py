@@ -146,6 +146,22 @@ def test_the_card_says_where_it_comes_from_and_names_no_path(trained, exported, 
         assert str(folder).encode() not in content
 
 
+def test_figures_of_other_weights_of_the_same_step_are_not_on_the_card(trained, exported, workplace):
+    """A run that was turned back comes by the step again: the file of before has its name, and not its weights."""
+    (path,) = trained.parent.glob("view_retrieval_*.json")
+    report = json.loads(path.read_text())
+    assert report["weights_sha256"] == dinoct.load_encoder(trained).card.weights_sha256
+    shutil.copy(trained, workplace)
+    for judged in (report | {"weights_sha256": "0" * 64}, {k: v for k, v in report.items() if k != "weights_sha256"}):
+        (workplace / path.name).write_text(json.dumps(judged))
+        card = dinoct.load_encoder(workplace / trained.name).card
+        assert card.evaluation is None
+        assert run("export", f"checkpoint={trained.name}", "out=e.safetensors", "overwrite=true") == 0
+        assert f"Not judged: `{path.name}` is of other weights" in (workplace / "e.safetensors.md").read_text()
+    (workplace / path.name.replace("_N6", "_N5")).write_text(json.dumps(report | {"n": 5}))
+    assert dinoct.load_encoder(workplace / trained.name).card.evaluation["file"].endswith("_N5.json")
+
+
 def test_an_exported_encoder_starts_a_training_and_exports_on(trained, exported, workplace):
     checkpoint = checkpoints.load(trained)
     backbone = Backbone(model_config(checkpoint))

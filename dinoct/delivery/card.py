@@ -47,15 +47,17 @@ class ModelCard:
     model: dict[str, Any]  # the architecture: fields of ModelConfig
     window_hu: tuple[float, float]  # low and high: the middle of the run's range
     initialised_from: str | None  # name of the file with the weights that training began from; None: random
-    evaluation: dict[str, Any] | None  # the newest view retrieval that lay beside the checkpoint
+    evaluation: dict[str, Any] | None  # of these weights, that with the most slices beside the checkpoint
     weights_sha256: str  # see `fingerprint`
+    not_judged: str = ""  # why there is no evaluation
     dinoct: str = dinoct.__version__
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, weights: Mapping[str, Tensor]) -> "ModelCard":
         """The card of a training checkpoint, of whose EMA teacher's backbone `weights` are the state dict."""
         meta, model = checkpoint.meta, model_config(checkpoint)
-        start = model.init_from
+        start, weights_sha256 = model.init_from, fingerprint(weights)
+        evaluation, not_judged = find_evaluation(checkpoint.path.parent, checkpoint.step, weights_sha256)
         return cls(
             checkpoint=checkpoint.path.name,
             step=checkpoint.step,
@@ -65,8 +67,9 @@ class ModelCard:
             model={key: value for key, value in asdict(model).items() if key != "init_from"},
             window_hu=middle_window(WindowConfig(**meta["config"]["aug"]["window"])),
             initialised_from=Path(start).name if start else None,
-            evaluation=find_evaluation(checkpoint.path.parent, checkpoint.step),
-            weights_sha256=fingerprint(weights),
+            evaluation=evaluation,
+            weights_sha256=weights_sha256,
+            not_judged=not_judged,
         )
 
     def to_json(self, holds: str) -> str:
@@ -115,31 +118,40 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def find_evaluation(folder: Path, step: int) -> dict[str, Any] | None:
-    """The figures of the view retrieval of this step with the most slices, among the files of a folder.
+def find_evaluation(folder: Path, step: int, weights_sha256: str) -> tuple[dict[str, Any] | None, str]:
+    """The figures of the view retrieval of these weights with the most slices, among the files of a folder.
+
+    The step alone does not say whose figures they are: a run that was turned back comes by it again with other weights.
 
     Returns:
         ``file``; ``verdict``, one line per condition of a pass; ``encoder`` and ``untrained``, figures by name (those
-        of a probe as ``probe/figure``). ``None`` where there is no file that can be read.
+        of a probe as ``probe/figure``). Or ``None``, and why.
     """
     found: list[tuple[int, str, dict[str, Any]]] = []
-    for path in folder.glob(f"view_retrieval_step{step:08d}_N*.json"):
+    others: list[str] = []
+    for path in sorted(folder.glob(f"view_retrieval_step{step:08d}_N*.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            found.append((int(report["n"]), path.name, report))
-        except (OSError, ValueError, KeyError, TypeError):
+            if report.get("weights_sha256") == weights_sha256:
+                found.append((int(report["n"]), path.name, report))
+            else:
+                others.append(path.name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # a file that is being written, or is none of ours: the card does without
+    if others and not found:
+        return None, f"`{others[-1]}` is of other weights, or does not say of which: run `dinoct-eval` again"
     if not found:
-        return None
+        return None, "no result of `dinoct-eval` for this step lay beside the checkpoint"
     _, name, report = max(found, key=lambda item: item[:2])
     checks = report.get("checks", {}).items()
-    return {
+    evaluation = {
         "file": name,
         "verdict": [f"{'pass' if check['passed'] else 'FAIL'} {key}: {check['says']}" for key, check in checks],
         "encoder": _figures(report) | _probe_figures(report, "trained"),
         "untrained": _figures(report.get("baselines", {}).get("random_init", {}))
         | _probe_figures(report, "random_init"),
     }
+    return evaluation, ""
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, float]:
@@ -195,7 +207,7 @@ def normalisation() -> tuple[float, float]:
 
 def _judgement(card: ModelCard) -> str:
     if card.evaluation is None:
-        return "Not judged: no result of `dinoct-eval` for this step lay beside the checkpoint."
+        return f"Not judged: {card.not_judged or 'there was no result of `dinoct-eval`'}."
     encoder, untrained = card.evaluation["encoder"], card.evaluation["untrained"]
     verdict = "".join(f"- {line}\n" for line in card.evaluation["verdict"])
     rows = "".join(f"| {name} | {value:.4g} | {_cell(untrained.get(name))} |\n" for name, value in encoder.items())

@@ -18,6 +18,7 @@ from dinoct.data.index import SliceIndex, atomic_text
 from dinoct.data.labels import load_split_labels
 from dinoct.data.masks import MaskStore
 from dinoct.data.store import MASKS, SliceStore
+from dinoct.delivery.card import fingerprint
 from dinoct.errors import ConfigError
 from dinoct.evals.judge import ProbeData, judge
 from dinoct.evals.picture import draw_curve, draw_summary
@@ -78,12 +79,13 @@ def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, 
     data = data_of(cfg.data, checkpoint)
     train, val, store, _ = open_split(data)
     check_unseen(checkpoint, train, val)
-    n = min(cfg.n, len(val))
+    n, backbone = min(cfg.n, len(val)), load_backbone(checkpoint)
+    weights_sha256 = fingerprint(backbone.state_dict())
     with run_log(), progress("slices") as bar:
         if n < cfg.n:
             log.warning("n=%d, but the validation split has %d slices: all of them are judged", cfg.n, n)
         judged = judge(
-            load_backbone(checkpoint),
+            backbone,
             model_config(checkpoint),
             cfg.probe,
             _probe_data(cfg.probe, data, train, val, store),
@@ -94,6 +96,7 @@ def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, 
     report = {
         "checkpoint": checkpoint.path.name,
         "step": checkpoint.step,
+        "weights_sha256": weights_sha256,  # the model card takes a report of its own weights alone
         "git_commit": checkpoint.meta["git_commit"],
         "data_manifest_hash": checkpoint.meta["data_manifest_hash"],
         **judged,
