@@ -138,6 +138,9 @@ def test_the_card_says_where_it_comes_from_and_names_no_path(trained, exported, 
     for fact in (meta["git_commit"], meta["data_manifest_hash"]):
         assert fact in facts.values()
         assert fact in words
+    assert report["window"] == facts["evaluation"]["window"] == {"center": [-450, -150], "width": [1000, 1800]}
+    for text in ("windows of 1000 to 1800 HU around -450 to -150 HU", "-1000 to 400 HU, which is not the window"):
+        assert text in words
     assert f"| mean_percentile_rank | {report['mean_percentile_rank']:.4g} |" in words
     for text in ("-1350 to 150 HU", "32 x 32 pixels", "patch 8", "Not a medical device", "licence"):
         assert text in words

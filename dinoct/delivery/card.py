@@ -124,8 +124,8 @@ def find_evaluation(folder: Path, step: int, weights_sha256: str) -> tuple[dict[
     The step alone does not say whose figures they are: a run that was turned back comes by it again with other weights.
 
     Returns:
-        ``file``; ``verdict``, one line per condition of a pass; ``encoder`` and ``untrained``, figures by name (those
-        of a probe as ``probe/figure``). Or ``None``, and why.
+        ``file``; ``window``, the range of windows of the views; ``verdict``, one line per condition of a pass;
+        ``encoder`` and ``untrained``, figures by name (those of a probe as ``probe/figure``). Or ``None``, and why.
     """
     found: list[tuple[int, str, dict[str, Any]]] = []
     others: list[str] = []
@@ -146,6 +146,7 @@ def find_evaluation(folder: Path, step: int, weights_sha256: str) -> tuple[dict[
     checks = report.get("checks", {}).items()
     evaluation = {
         "file": name,
+        "window": report.get("window"),
         "verdict": [f"{'pass' if check['passed'] else 'FAIL'} {key}: {check['says']}" for key, check in checks],
         "encoder": _figures(report) | _probe_figures(report, "trained"),
         "untrained": _figures(report.get("baselines", {}).get("random_init", {}))
@@ -212,8 +213,23 @@ def _judgement(card: ModelCard) -> str:
     verdict = "".join(f"- {line}\n" for line in card.evaluation["verdict"])
     rows = "".join(f"| {name} | {value:.4g} | {_cell(untrained.get(name))} |\n" for name, value in encoder.items())
     return (
-        f"`{card.evaluation['file']}`: `dinoct-eval` on patients that training did not see.\n\n{verdict}\n"
+        f"`{card.evaluation['file']}`: `dinoct-eval` on patients that training did not see. {_judged_in(card)}\n\n"
+        f"{verdict}\n"
         f"| figure | this encoder | untrained |\n|---|---|---|\n{rows}".rstrip()
+    )
+
+
+def _judged_in(card: ModelCard) -> str:
+    """The windows of the figures: all encoders are judged in the same ones, which need not be the file's."""
+    window = card.evaluation.get("window")
+    if window is None:
+        return "In which windows is not known."
+    (c0, c1), (w0, w1) = window["center"], window["width"]
+    low, high = middle_window(WindowConfig(**window))
+    own = "which is" if (low, high) == card.window_hu else "which is not"
+    return (
+        f"The views had windows of {w0:g} to {w1:g} HU around {c0:g} to {c1:g} HU (`probe.window`), whole slices "
+        f"{low:g} to {high:g} HU, {own} the window of this file."
     )
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's evaluation, from settings to files."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from dinoct.validate import validate_probe
 
 
 def evaluate(cfg: EvalConfig) -> int:
-    """Judge the EMA teachers of one or several checkpoints on the validation patients.
+    """Judge the EMA teachers of one or several checkpoints on the validation patients, in the probe's windows.
 
     Writes a JSON file and a picture beside each checkpoint, and a curve where there are several.
 
@@ -99,6 +99,7 @@ def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, 
         "weights_sha256": weights_sha256,  # the model card takes a report of its own weights alone
         "git_commit": checkpoint.meta["git_commit"],
         "data_manifest_hash": checkpoint.meta["data_manifest_hash"],
+        "window": asdict(cfg.probe.window),
         **judged,
     }
     out = Path(cfg.out) if cfg.out else checkpoint.path.parent
