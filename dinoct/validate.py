@@ -19,6 +19,21 @@ GRAM_REASON = (
 )
 PROBES = ("correspondence", "hard_negatives", "position", "scanner", "purity", "labels", "masks")
 
+SCANNER = ("scanner_manufacturer", "scanner_kernel")  # what the probe named scanner reports
+FIGURES = (  # of an evaluation, beside its probes and baselines
+    "n",
+    "patients",
+    "baseline",
+    "top1",
+    "top5",
+    "ratio",
+    "mean_percentile_rank",
+    "feature_std",
+    "feature_std_raw",
+    "mean_cosine",
+    "effective_rank",
+)
+
 
 def check_deletions(overrides: Iterable[str]) -> None:
     """Refuse `~loss.gram` and its like before Hydra sees them, with the reason.
@@ -84,6 +99,23 @@ def validate_probe(probe: ProbeConfig) -> None:
         _choice("probe.probes", name, PROBES)
     if not probe.hard_offsets or 0 in probe.hard_offsets:
         raise ConfigError(f"probe.hard_offsets must name neighbours, such as [-1,1], not {probe.hard_offsets}")
+
+
+def validate_rules(probe: ProbeConfig) -> None:
+    """Refuse rules on figures that no report of these probes can have, before anything is computed.
+
+    Raises:
+        ConfigError: naming what there is.
+    """
+    for rule in probe.rules:
+        first, *rest = parse_rule(rule)[0].split("/")
+        if first != "probes" or not rest:
+            _choice("probe.rules", first, (*FIGURES, "baselines", "probes/..."))
+            continue
+        asked = "scanner" if rest[0] in SCANNER else rest[0]
+        _choice("probe.rules: probes", rest[0], ("one_per_series", *SCANNER, *(p for p in PROBES if p != "scanner")))
+        if asked != "one_per_series" and asked not in probe.probes:
+            raise ConfigError(f'probe.rules: "{rule}" needs {asked} in probe.probes, which is {probe.probes}')
 
 
 def parse_rule(rule: str) -> tuple[str, str, float]:

@@ -20,10 +20,11 @@ from dinoct.data.views import ViewSpec, sample_view
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.evals.correspondence import compare, matching_patches
 from dinoct.evals.features import choose_slices, neighbours, patch_hu
-from dinoct.evals.judge import checks, figure
 from dinoct.evals.linear import label_probes, position_probe, relative_position, series_purity, shortcut_probe
 from dinoct.evals.retrieval import one_per_series, score_hard
 from dinoct.evals.structure import dice
+from dinoct.evals.verdict import figure
+from dinoct.validate import validate_rules
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -278,12 +279,33 @@ def test_one_held_out_patient_is_no_proof_and_the_report_says_so(masked_root, wo
         assert (workplace / "r" / picture).is_file()
 
 
-def test_a_rule_about_a_figure_that_is_not_there_names_what_is():
-    report = {"ratio": 2.0, "probes": {"masks": {"trained": {"dice": 0.5}}}}
+def test_a_rule_about_a_figure_that_was_not_measured_is_a_failed_check_of_a_report(masked_root, workplace, capfd):
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
+    quick = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe.probes=[masks]"]
+    rules = ["probes/masks/trained/dice >= 0", "probes/masks/trained/beauty >= 0", "ratio >= 0", "ratio <= 999"]
+    (workplace / "empty").mkdir()
+    assert run("eval", *quick, "probe.masks=empty", f"probe.rules={json.dumps(rules)}", "probe.min_ratio=998") == 2
+    out = " ".join(capfd.readouterr().out.split())
+    assert f"FAIL {rules[0]}: not measured, masks on one side of the split alone; needs >= 0 (probe.rules)" in out
+    found = json.loads((workplace / "r" / "view_retrieval_step00000001_N24.json").read_text())["checks"]
+    assert [found[name]["passed"] for name in ("ratio", *rules)] == [False, False, False, True, True]
+    report = {"probes": {"masks": {"trained": {"dice": 0.5}}}}
     assert figure(report, "probes/masks/trained/dice") == 0.5
-    with pytest.raises(ConfigError, match=r"trained is not in|random is not in: trained"):
-        figure(report, "probes/masks/random/dice")
-    assert checks.__doc__
+    assert figure(report, "probes/masks/random/dice") == "there is no random among: trained"
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("probes/mask/trained/dice >= 0.8", "probe.rules: probes must be one of one_per_series, scanner_manufacturer"),
+        ("probes/labels/trained/knn >= 0.8", "needs labels in probe.probes"),
+        ("probes/scanner_kernel/trained/balanced_accuracy <= 1", "needs scanner in probe.probes"),
+        ("rank <= 0.2", "probe.rules must be one of n, patients"),
+    ],
+)
+def test_a_rule_that_no_report_can_answer_is_refused_at_once(rule, says):
+    with pytest.raises(ConfigError, match=says):
+        validate_rules(ProbeConfig(probes=["masks"], rules=[rule]))
 
 
 def test_an_evaluation_is_a_wandb_run_of_its_own_in_the_runs_group(masked_root, workplace):

@@ -7,8 +7,8 @@ from scipy import stats
 
 from dinoct.config import ProbeConfig
 from dinoct.evals.features import histogram_encoder, pixel_encoder
-from dinoct.evals.judge import checks
 from dinoct.evals.retrieval import dispersion, key_ranks, patient_interval, score
+from dinoct.evals.verdict import checks
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,6 @@ from dinoct.data.labels import Labels
 from dinoct.data.masks import MaskStore
 from dinoct.data.store import SliceStore
 from dinoct.data.views import probe_spec
-from dinoct.errors import ConfigError
 from dinoct.evals.correspondence import Correspondence
 from dinoct.evals.features import (
     Encoder,
@@ -30,14 +29,21 @@ from dinoct.evals.features import (
     neighbours,
     pixel_encoder,
 )
-from dinoct.evals.retrieval import dispersion, one_per_series, patient_interval, score, score_hard, spectrum
+from dinoct.evals.retrieval import (
+    ONE_PATIENT,
+    dispersion,
+    one_per_series,
+    patient_interval,
+    score,
+    score_hard,
+    spectrum,
+)
+from dinoct.evals.verdict import checks
 from dinoct.hardware import Hardware
 from dinoct.models.load import random_backbone
-from dinoct.validate import parse_rule
 
 Begin = Callable[[str, int], Callable[[int], None]]  # (what, slices) -> told of each finished batch
 MASK_GRID = 16  # patches per side at least: in fewer, hardly one is filled by a lung
-ONE_PATIENT = "one patient: no interval over patients"
 FITTED = {"position", "scanner", "labels"}  # probes that are fitted on slices of the training side
 
 
@@ -230,63 +236,3 @@ class _Room:
             patch=self.model.patch,
             hardware=self.hardware,
         )
-
-
-def checks(report: dict[str, Any], probe: ProbeConfig) -> dict[str, dict[str, Any]]:
-    """The conditions of a pass, each with the sentence that the console prints.
-
-    A ratio alone proves nothing: untrained and even collapsed encoders retrieve above chance on CT.
-
-    Raises:
-        ConfigError: a rule of probe.rules about a figure that the report does not have.
-    """
-    std, cosine = report["feature_std"], report["mean_cosine"]
-    found = {
-        "ratio": {
-            "passed": report["ratio"] >= probe.min_ratio,
-            "says": f"ratio {report['ratio']:.1f}, needs {probe.min_ratio:g} (probe.min_ratio)",
-        },
-        "rank": _rank_check(report),
-        "collapse": {
-            "passed": std >= probe.min_feature_std and cosine <= probe.max_mean_cosine,
-            "says": f"feature std {std:.3f}, needs {probe.min_feature_std:g} (raw {report['feature_std_raw']:.4f}); "
-            f"mean cosine {cosine:.3f}, at most {probe.max_mean_cosine:g}",
-        },
-    }
-    for rule in probe.rules:
-        path, sign, bound = parse_rule(rule)
-        value = figure(report, path)
-        found[path] = {
-            "passed": value >= bound if sign == ">=" else value <= bound,
-            "says": f"{value:.4g}, needs {sign} {bound:g} (probe.rules)",
-        }
-    return found
-
-
-def _rank_check(report: dict[str, Any]) -> dict[str, Any]:
-    """Better than untrained for other patients too; of one patient alone that cannot be known, which is no pass."""
-    random_rank = report["baselines"]["random_init"]["mean_percentile_rank"]
-    says = f"mean percentile rank {report['mean_percentile_rank']:.3f} against {random_rank:.3f} untrained"
-    interval = report["rank_minus_random_init_95"]
-    if interval is None:
-        return {"passed": False, "says": f"{says}; {ONE_PATIENT}, hold out more (split.val_fraction)"}
-    high = interval[1]
-    says += f", 95 % interval of the difference up to {high:+.3f}, needs below 0"
-    return {"passed": high < 0, "says": says}
-
-
-def figure(report: dict[str, Any], path: str) -> float:
-    """A figure of a report by its path, parts joined by slashes: ``probes/masks/trained/dice``.
-
-    Raises:
-        ConfigError: where there is none, with what there is.
-    """
-    at: Any = report
-    for part in path.split("/"):
-        if not isinstance(at, dict) or part not in at:
-            have = ", ".join(at) if isinstance(at, dict) else "a number"
-            raise ConfigError(f"probe.rules: the report has no {path} ({part} is not in: {have})")
-        at = at[part]
-    if not isinstance(at, int | float):
-        raise ConfigError(f"probe.rules: {path} is not one figure")
-    return float(at)

@@ -28,7 +28,7 @@ from dinoct.models.load import load_backbone, model_config
 from dinoct.provenance import data_manifest_hash
 from dinoct.shards import is_sharded
 from dinoct.tracking import track_evaluation
-from dinoct.validate import validate_probe
+from dinoct.validate import validate_probe, validate_rules
 
 
 def evaluate(cfg: EvalConfig) -> int:
@@ -42,6 +42,7 @@ def evaluate(cfg: EvalConfig) -> int:
         ConfigError, CheckpointError: naming the key to change.
     """
     validate_probe(cfg.probe)
+    validate_rules(cfg.probe)
     if cfg.n < 2:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
     paths = find_checkpoints(cfg.checkpoint)

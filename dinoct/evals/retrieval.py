@@ -8,6 +8,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn import functional as F
 
+ONE_PATIENT = "one patient: no interval over patients"
+
 
 def key_ranks(first: Tensor, second: Tensor, *, chunk: int = 1024) -> np.ndarray:
     """Rank of the right key for each query, 0 best.
