@@ -308,6 +308,19 @@ def test_a_rule_that_no_report_can_answer_is_refused_at_once(rule, says):
         validate_rules(ProbeConfig(probes=["masks"], rules=[rule]))
 
 
+def test_reports_of_two_runs_do_not_overwrite_each_other(masked_root, workplace, capfd):
+    for name in ("a", "x/a", "b"):
+        seed = f"seed={len(name)}"
+        assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", f"run_dir={name}", seed) == 0
+    quick = ["out=out", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe=view_retrieval"]
+    assert run("eval", "checkpoint=[a,b/checkpoint_00000001.pth]", *quick) in (0, 2)
+    reports = [workplace / "out" / name / "view_retrieval_step00000001_N24.json" for name in "ab"]
+    assert all(path.with_suffix(".png").is_file() for path in reports)
+    capfd.readouterr()
+    assert run("eval", "checkpoint=[a,x/a]", *quick) == 1
+    assert "out: two of the runs have folders of the same name" in capfd.readouterr().err
+
+
 def test_an_evaluation_is_a_wandb_run_of_its_own_in_the_runs_group(masked_root, workplace):
     assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
     arguments = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0", "probe=view_retrieval"]

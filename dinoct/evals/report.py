@@ -34,7 +34,7 @@ from dinoct.validate import validate_probe, validate_rules
 def evaluate(cfg: EvalConfig) -> int:
     """Judge the EMA teachers of one or several checkpoints on the validation patients, in the probe's windows.
 
-    Writes a JSON file and a picture beside each checkpoint, and a curve where there are several.
+    Writes a JSON file and a picture beside each checkpoint or into `out`, and a curve where there are several.
 
     Returns:
         0 for a pass, 2 for a fail; of several checkpoints the last step's verdict counts.
@@ -46,9 +46,10 @@ def evaluate(cfg: EvalConfig) -> int:
     if cfg.n < 2:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
     paths = find_checkpoints(cfg.checkpoint)
+    folders = report_folders(paths, cfg.out)
     hardware = resolve(cfg.hardware)
     settle(hardware)
-    reports = [_evaluate_one(path, cfg, hardware) for path in paths]
+    reports = [_evaluate_one(path, folder, cfg, hardware) for path, folder in zip(paths, folders, strict=True)]
     reports.sort(key=lambda report: report["step"])
     if len(reports) > 1:
         _write_curve(reports, Path(cfg.out) if cfg.out else paths[0].parent)
@@ -75,7 +76,21 @@ def find_checkpoints(value: Any) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, Any]:
+def report_folders(paths: list[Path], out: str | None) -> list[Path]:
+    """Where the report of each checkpoint goes: one folder per run, since two runs have the same steps.
+
+    Raises:
+        ConfigError: for two runs of one name that `out` would mix up.
+    """
+    runs = [path.absolute().parent for path in paths]
+    if out is None or len(set(runs)) == 1:
+        return [Path(out) if out else path.parent for path in paths]
+    if len({run.name for run in set(runs)}) < len(set(runs)):
+        raise ConfigError("out: two of the runs have folders of the same name; judge them one by one")
+    return [Path(out) / run.name for run in runs]
+
+
+def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, Any]:
     checkpoint = checkpoints.load(path, lazily=True)
     data = data_of(cfg.data, checkpoint)
     train, val, store, _ = open_split(data)
@@ -103,7 +118,6 @@ def _evaluate_one(path: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, 
         "window": asdict(cfg.probe.window),
         **judged,
     }
-    out = Path(cfg.out) if cfg.out else checkpoint.path.parent
     out.mkdir(parents=True, exist_ok=True)
     name = out / f"view_retrieval_step{checkpoint.step:08d}_N{n}"
     _write_json(name.with_suffix(".json"), report)
