@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,25 @@ def test_a_flipped_bit_is_noticed(exported, workplace):
 def test_what_is_not_hu_is_refused(exported, hu, says):
     with pytest.raises(HounsfieldError, match=says):
         dinoct.load_encoder(exported["safetensors"])(hu)
+
+
+@pytest.mark.parametrize("kind", ["<i2", ">i2", ">f4", "f8", "f2", "g", "u2", ">u4", "u8"])
+def test_any_number_type_and_layout_gives_the_same_features(exported, kind):
+    """As pydicom, nibabel and a flipped stack give them."""
+    encoder, stored = dinoct.load_encoder(exported["safetensors"]), np.random.default_rng(0).integers(0, 2000, (40, 48))
+    hu = stored if "u" in kind else stored - 1000
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no value below 0")
+        expected = encoder(torch.from_numpy(hu.astype(np.float32))).cls
+        given = hu.astype(kind)
+        given.flags.writeable = False
+        upside_down = hu[::-1, ::-1].astype(kind)
+        for array in (given, upside_down[::-1, ::-1], np.asfortranarray(given)):
+            assert torch.equal(encoder(array).cls, expected)
+        if kind in ("u2", "u8"):
+            assert torch.equal(encoder(torch.from_numpy(hu.astype(kind))).cls, expected)
+    with pytest.raises(HounsfieldError, match="no numbers"):
+        encoder(given.astype(str))
 
 
 def test_stored_values_without_their_rescale_are_suspected(exported):

@@ -6,7 +6,7 @@ Window, size and normalisation come with the weights, so that nobody has to get 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,12 +56,13 @@ class Encoder(nn.Module):
         """Encode slices.
 
         Args:
-            hu: ``[B, 1, H, W]``, ``[B, H, W]`` or ``[H, W]`` in Hounsfield units, of any size and number type, on any
-                device, with square pixels. A slice that is not square is padded with air, not stretched.
+            hu: ``[B, 1, H, W]``, ``[B, H, W]`` or ``[H, W]`` in Hounsfield units, of any size and number type, in any
+                byte order and layout, on any device, with square pixels. A slice that is not square is padded with air,
+                not stretched.
         Raises:
             HounsfieldError: for another shape, and for values that are windowed or normalised already.
         """
-        return self.encode(as_slices(torch.as_tensor(hu)))
+        return self.encode(as_slices(as_tensor(hu)))
 
     def encode(self, hu: Tensor) -> Features:
         """`forward` of ``[B, 1, H, W]`` without its checks, for what is known to be HU."""
@@ -73,6 +74,18 @@ class Encoder(nn.Module):
         hu = hu.to(weight.device, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):  # bf16 holds HU in steps of 8
             return to_image(hu, size=self.img_size, window=self.window).to(weight.dtype)
+
+
+def as_tensor(hu: Any) -> Tensor:
+    """A tensor of whatever holds numbers; what torch cannot count with becomes the next type that it can."""
+    if not isinstance(hu, Tensor):
+        hu = np.asarray(hu)
+        if hu.dtype.kind not in "biuf":
+            raise HounsfieldError(f"the slices hold no numbers but {hu.dtype}")
+        known = hu.dtype.newbyteorder("=") if hu.dtype.itemsize <= 8 else np.dtype(np.float64)  # longdouble
+        hu = torch.from_numpy(np.require(hu, known, ["C", "W"]))  # no negative strides, no foreign byte order
+    wider = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.float64}
+    return hu.to(wider.get(hu.dtype, hu.dtype))
 
 
 def as_slices(hu: Tensor) -> Tensor:
