@@ -7,6 +7,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -19,15 +20,17 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened ins
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoct.errors import ConfigError, DinoctError
+from dinoct.legacy import quote
 from dinoct.stopping import hand_on
 
 DONE, ERROR, FAILED = 0, 1, 2
+QUOTING = "a value with more than plain letters, digits and ._-/: needs quotes, for the shell too"
 told: list[str] = []  # what was said of this job's error, for the table of its sweep
 
 
@@ -151,6 +154,14 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         if unknown and f"'{key.rsplit('.', 1)[-1]}'" in text.replace(key, key.rsplit(".", 1)[-1]):
             near = difflib.get_close_matches(key, known, n=1)
             return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "") + " (see --cfg job)"
+    if isinstance(error, OverrideParseException):
+        key = error.override.lstrip("+~").split("=", 1)[0]
+        if key not in known and not key.startswith("hydra"):
+            return f"{key} is not a setting (see --cfg job)"
+        return f"{error.override} cannot be read: {QUOTING}: {quoted(error.override)}"
+    if text.startswith("Ambiguous value for argument"):
+        typed = text.splitlines()[0].split("'", 1)[1].removesuffix("'")
+        return f"{typed}: several values are a sweep (-m) or a list (in brackets); {QUOTING}: {quoted(typed)}"
     if "missing mandatory value:" in text.lower():
         key = text.rsplit(":", 1)[1].split()[0]
         return f"{key} is needed: give {key}=..."
@@ -168,6 +179,18 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         "provider=",
     )
     return " ".join(line for line in lines if not line.startswith(drop))
+
+
+def quoted(override: str) -> str:
+    """An override as a shell takes it, its value in quotes: ``'checkpoint="Müller/x.pth"'``."""
+    key, _, value = override.partition("=")
+    if key == "source":  # it is not repeated, see `complain`
+        value = '"..."'
+    elif re.fullmatch(r"\[.*\]", value):
+        value = f"[{','.join(quote(item, mark=chr(34)) for item in value[1:-1].split(','))}]"
+    else:
+        value = quote(value, mark='"', plain="")
+    return shlex.quote(f"{key}={value}")
 
 
 def option_keys(schema: type, prefix: str = "") -> list[str]:

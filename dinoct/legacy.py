@@ -3,6 +3,7 @@
 The scripts print the equivalent command, so that notes written for the flags can be brought up to date.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ def to_overrides(
         ConfigError: for an unknown flag or one without its value.
     """
     switches = switches or {}
+    plain = "._-/:+," if {"-m", "--multirun"} & set(arguments) else "._-/:+"  # a comma sweeps, or belongs to a path
     hydra: list[str] = []
     overrides: list[str] = []
     rest = list(arguments)
@@ -70,7 +72,7 @@ def to_overrides(
                 if not rest or rest[0].startswith("--"):
                     raise ConfigError(f"{name} needs a value")
                 value = rest.pop(0)
-            overrides.append(f"{flags[name]}={quote(value)}")
+            overrides.append(f"{flags[name]}={quote(value, plain=plain)}")
         elif name in switches:
             if not equals:
                 value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
@@ -84,11 +86,12 @@ def to_overrides(
     return hydra, overrides
 
 
-def quote(value: str) -> str:
-    """A value as Hydra's grammar wants it: quoted where it holds more than letters, digits and simple marks."""
-    if value and all(c.isalnum() or c in "._-/:+," for c in value):
+def quote(value: str, *, mark: str = "'", plain: str = "._-/:+") -> str:
+    """A value as Hydra's grammar wants it: quoted where it holds more than `plain` and ASCII letters and digits."""
+    if value and all((c.isascii() and c.isalnum()) or c in plain for c in value):
         return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    escaped = re.sub(rf"(\\+)(?={mark}|$)", r"\1\1", value)  # a backslash counts before a mark alone
+    return mark + escaped.replace(mark, f"\\{mark}") + mark
 
 
 def run_legacy(

@@ -68,6 +68,11 @@ def trained(phantom_root, tmp_path_factory):
         (["checkpoint={good}", "hardware.batch_size=0"], ["hardware.batch_size must be at least 1"]),
         (["checkpoint={good}", "probe.fit_n=0"], ["probe.fit_n must be at least 1"]),
         (["--checkpoint", "x"], ["--checkpoint", "KEY=VALUE"]),
+        (["checkpoint=Müller/x.pth"], ["needs quotes", """: 'checkpoint="Müller/x.pth"'"""]),
+        (["checkpoint=a,b/x.pth"], ["sweep (-m)", """: 'checkpoint="a,b/x.pth"'"""]),
+        (["checkpoint=[a,ä/x.pth]"], ["""'checkpoint=[a,"ä/x.pth"]'"""]),
+        (['checkpoint="Müller, A/x.pth"'], ["there is no checkpoint at Müller, A/x.pth"]),
+        (["chéckpoint=x"], ["chéckpoint is not a setting"]),
         (["checkpoint={good}", "data.root=/nowhere"], ["/nowhere"]),
     ],
 )

@@ -98,6 +98,7 @@ def test_embed_of_one_patient_needs_no_split_and_keeps_the_set_where_asked(expor
     [
         ([], ["source=... is needed"]),
         (["source=/nowhere/Doe"], ["source: number 1 of 1 does not exist"]),
+        (["source=/nowhere/Doe_é"], ["source=... cannot be read", """'source="..."'"""]),
         (["data.root=/nowhere"], ["data.root: there is no index at /nowhere"]),
         (["source={root}/dicom", "data.root={root}"], ["holds a prepared set", "dinoct-prepare"]),
         (["source={root}/dicom", "out=f.csv"], ["must end in .parquet or .npz"]),

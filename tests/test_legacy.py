@@ -1,6 +1,7 @@
 """The older flags: every one maps, wrong ones are refused, the step's meaning is said."""
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dinoct.cli import option_keys
 from dinoct.config import EvalConfig, MonitorConfig, TrainConfig
@@ -35,6 +36,12 @@ def test_overrides_switches_and_hydra_flags_mix():
 def test_paths_with_odd_characters_are_quoted():
     _, overrides = to_overrides(["--resume", "a b/c=d(1)'s.pth"], TRAIN_FLAGS)
     assert overrides == ["resume='a b/c=d(1)\\'s.pth'"]
+
+
+@pytest.mark.parametrize("value", ["Müller/x.pth", "日本", "a,b/x.pth", "C:\\x\\", "a\\'b", "{a}", "[1]", "b\\\\", ""])
+def test_hydra_reads_what_was_typed(value):
+    _, overrides = to_overrides(["--checkpoint", value], EVAL_FLAGS)
+    assert OverridesParser.create().parse_override(overrides[0]).value() == value
 
 
 @pytest.mark.parametrize(
