@@ -128,6 +128,8 @@ def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
     if path.is_dir():
         from dinoct.shards import read
 
+        if inside := list_checkpoints(path):
+            raise CheckpointError(f"{path} is a run folder: name one of its checkpoints, such as {inside[-1]}")
         return read(path)
     verify(path)
     try:

@@ -183,6 +183,7 @@ def test_an_exported_encoder_starts_a_training_and_exports_on(trained, exported,
         ([], ["encoder_00000002.safetensors", "overwrite=true"]),
         (["format=onnx", "out=x.safetensors"], ["must end in .onnx"]),
         (["checkpoint=/nowhere.pth"], ["there is no checkpoint at /nowhere.pth"]),
+        (["checkpoint={run}"], ["is a run folder: name one of its checkpoints, such as", "checkpoint_00000002.pth"]),
         (["checkpoint={timm}"], ["weights for timm", "format=safetensors"]),
         (["checkpoint={onnx}"], ["ONNX graph"]),
         (["fromat=onnx"], ["did you mean format"]),
@@ -191,7 +192,7 @@ def test_an_exported_encoder_starts_a_training_and_exports_on(trained, exported,
 )
 def test_wrong_input_to_export(trained, exported, workplace, capfd, arguments, says):
     before = {path: path.read_bytes() for path in exported.values()}
-    typed = [argument.format(**exported) for argument in arguments]
+    typed = [argument.format(run=trained.parent, **exported) for argument in arguments]
     if not any(argument.startswith("checkpoint=") for argument in typed):
         typed.append(f"checkpoint={trained}")
     assert run("export", *typed) == 1
@@ -201,6 +202,14 @@ def test_wrong_input_to_export(trained, exported, workplace, capfd, arguments, s
         assert words in err
     assert before == {path: path.read_bytes() for path in exported.values()}
     assert list(workplace.iterdir()) == []
+
+
+def test_a_sharded_checkpoint_says_how_to_make_one_file_of_it(trained, workplace, capfd):
+    (workplace / "sharded_00000002").mkdir()
+    meta = checkpoints.load(trained).meta | {"format": checkpoints.FORMAT, "files": {}}
+    (workplace / "sharded_00000002" / "meta.json").write_text(json.dumps(meta))
+    assert run("export", "checkpoint=sharded_00000002") == 1
+    assert "is sharded: resume it with parallel=none" in capfd.readouterr().err
 
 
 def test_a_missing_extra_is_named(trained, workplace, capfd, monkeypatch):

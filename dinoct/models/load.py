@@ -30,6 +30,8 @@ def load_backbone(checkpoint: Checkpoint) -> Backbone:
     Raises:
         CheckpointError: if weights are missing or do not fit.
     """
+    if "model" not in checkpoint.state:
+        raise CheckpointError(f"{checkpoint.path} is sharded: resume it with parallel=none, which writes one file")
     backbone = Backbone(model_config(checkpoint))
     weights = {
         name.removeprefix(TEACHER): value
