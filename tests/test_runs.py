@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -170,6 +171,46 @@ def test_a_cut_line_and_lines_of_something_else_are_passed_over(tmp_path):
         )
     found = read_run(folder)
     assert (found.step, found.last["loss/total"], found.last["loss/gram"], found.best_rank) == (6, 2.5, 0.001, 0.2)
+
+
+ODD_CONFIGS = [
+    {"hardware": "x", "environment": [1], "choices": 3, "parameters": "many", "step": {}},
+    {"history": [{"hardware": 5, "changes": 7, "at": []}, 1], "parameters": math.nan},
+    {"config": {"optim": {"lr": math.nan}, "seed": [[1]]}},
+]
+
+
+@pytest.mark.parametrize("changes", ODD_CONFIGS, ids=str)
+def test_a_run_of_other_types_than_expected_is_shown(runs, capsys, changes):
+    make(runs / "odd", records=[record(1, 2)], **changes)
+    for typed in ([runs], [runs, "--html", runs / "x.html"], ["show", runs / "odd"]):
+        assert main([*map(str, typed)]) == 0
+    capsys.readouterr()
+    assert main([str(runs), "--json", "-"]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+HUGE = "1" * 400
+ODD_LINES = ['{"step": NaN, "loss/total": 1}', '{"step": 1e999}', "[" * 99_999, f'{{"step": 5, "loss/total": {HUGE}}}']
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=lambda line: line[:20])
+def test_a_record_without_a_step_or_of_no_number_is_passed_over(runs, capsys, line):
+    folder = make(runs / "²", records=[record(4, 2.5)])  # a name of a digit that is no number
+    (folder / "metrics.jsonl").open("a").write(f"{line}\n")
+    rows = {row["run"]: row for row in table([runs], capsys)}
+    assert rows["²"]["loss"] == "2.5"
+    assert main(["show", str(folder)]) == 0
+
+
+def test_a_config_that_cannot_be_read_is_odd(runs, capsys):
+    for name, text in (("deep", "[" * 99_999), ("cut", '{"config": {')):
+        (make(runs / name, records=[record(4, 2.5)]) / "config.json").write_text(text)
+    assert main([str(runs)]) == 0
+    out = capsys.readouterr().out
+    for name in ("deep", "cut"):
+        assert f"{name} odd: its config.json cannot be read" in out
+    assert main(["show", str(runs / "cut")]) == 0
 
 
 def test_time_between_sessions_does_not_count(tmp_path):

@@ -133,7 +133,7 @@ def sort_runs(runs: Sequence[Run], column: str = "rank") -> list[Run]:
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
     """A key that puts job 2 before job 10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part)
 
 
 def column_of(runs: Sequence[Run], typed: str) -> str:

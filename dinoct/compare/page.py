@@ -19,7 +19,7 @@ from dinoct.compare.differ import (
     unfair,
 )
 from dinoct.compare.plots import figure_html, look, read_curves
-from dinoct.compare.read import Run
+from dinoct.compare.read import ODD, Run
 from dinoct.compare.table import headings, is_text, printable, readable, reason, shown
 
 MOST_PICTURES = 12  # runs; a picture is about 100 kB
@@ -96,7 +96,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         f"{len(runs)} runs</p>",
         *(_note(f"Unfair: {sentence}") for sentence in unfair(runs)),
         _overview(runs),
-        *(_note(f"{name} failed: {reason(run)}") for name, run in by_name.items() if run.state == "failed"),
+        *(_note(f"{n} {run.state}: {reason(run)}") for n, run in by_name.items() if run.state in ("failed", ODD)),
         "<h2>Curves</h2>",
         *_plots(curves),
         *_pictures(by_name),
@@ -198,7 +198,7 @@ def _origins(runs: Sequence[Run]) -> list[str]:
         "git commit": [commits(run) for run in runs],
         "data": [data_hash(run) for run in runs],
         "machine": [_machine(run) for run in runs],
-        "torch": [str((run.config.get("environment") or {}).get("torch", "-")) for run in runs],
+        "torch": [str(run.config["environment"].get("torch", "-")) for run in runs],
         "created": [str(run.config.get("created", "-")) for run in runs],
     }
     usual = {key: Counter(values).most_common(1)[0][0] for key, values in rows.items() if key != "created"}
@@ -214,7 +214,7 @@ def _origins(runs: Sequence[Run]) -> list[str]:
 
 
 def _machine(run: Run) -> str:
-    machine = run.config.get("hardware") or {}
+    machine = run.config["hardware"]
     return f"{machine.get('platform', '-')} ({machine.get('card', '-')})"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 STALLED_AFTER_S = 600
 DEPTH = 3  # outputs/sweeps/NAME/JOB is found from outputs
 RANK = "Eval/mean_percentile_rank"
+ODD = "odd"  # state of a run whose config.json says nothing; name of what has another type than it should
 NOT_BEGUN = "failed.json"  # what a sweep leaves in the folder of a job that failed before it had a config.json
 
 
@@ -21,8 +23,8 @@ class Run:
 
     folder: Path
     name: str  # below the folder that was looked through
-    state: str  # running, stalled, stopped, failed or done
-    config: Mapping[str, Any]  # config.json as it lies there
+    state: str  # running, stalled, stopped, failed, done or odd
+    config: Mapping[str, Any]  # config.json as it lies there, but for what has another type than it should
     settings: Mapping[str, Any]  # dotted; of a job that failed before it began only those that were overridden
     choices: Mapping[str, str]  # the option taken per group, such as aug: multicrop
     history: Sequence[Mapping[str, Any]]  # one entry per start
@@ -44,10 +46,11 @@ def read_run(folder: Path, name: str | None = None, *, now: float | None = None)
     if not begun:
         config = _json_object(folder / NOT_BEGUN)
         if not isinstance(config.get("settings"), dict):
-            return None
-    history = config.get("history")
-    history = [event for event in history if isinstance(event, dict)] if isinstance(history, list) else []
-    choices = config.get("choices")
+            if not ((folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()):
+                return None
+            config = {"state": ODD, "settings": {}, "error": "its config.json cannot be read"}
+    config = _as_expected(config)
+    history = config["history"]
     last, best_rank, best_step = read_figures(folder / "metrics.jsonl")
     return Run(
         folder=folder,
@@ -55,7 +58,7 @@ def read_run(folder: Path, name: str | None = None, *, now: float | None = None)
         state=_state(folder, str(config.get("state", "unknown")), time.time() if now is None else now),
         config=config,
         settings=flatten(config["config"] if begun else config["settings"]),
-        choices={key: str(value) for key, value in choices.items()} if isinstance(choices, dict) else {},
+        choices={key: str(value) for key, value in config["choices"].items() if key != ODD},
         history=history,
         begun=begun,
         last=last,
@@ -63,6 +66,25 @@ def read_run(folder: Path, name: str | None = None, *, now: float | None = None)
         best_step=best_step,
         duration_s=read_duration(folder / "train.log", [str(event.get("at")) for event in history]),
     )
+
+
+def _as_expected(config: dict[str, Any]) -> dict[str, Any]:
+    """Types that the rest counts on: what has another one stands under `ODD`, or is left out."""
+    events = config.get("history")
+    events = [event for event in events if isinstance(event, dict)] if isinstance(events, list) else []
+    changes = [event.get("changes") for event in events]
+    return config | {
+        **{key: _object(config.get(key)) for key in ("environment", "hardware", "choices")},
+        **{key: value if _is_finite(value := config.get(key)) else None for key in ("parameters", "step")},
+        "history": [
+            event | {"hardware": _object(event.get("hardware")), "changes": each if isinstance(each, list) else []}
+            for event, each in zip(events, changes, strict=True)
+        ],
+    }
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {} if value is None else {ODD: value}
 
 
 def find_runs(folders: Sequence[Path], *, depth: int = DEPTH) -> list[Run]:
@@ -97,9 +119,9 @@ def records(path: Path) -> Iterator[dict[str, float]]:
         return
     with file:
         for line in file:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and _is_number(record.get("step")):
+                if isinstance(record, dict) and _is_finite(record.get("step")):
                     yield {tag: value for tag, value in record.items() if _is_number(value)}
 
 
@@ -148,13 +170,21 @@ def _epoch(stamp: str) -> float:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        flatten(content if isinstance(content, dict) else {})
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """NaN and infinities are figures of a run gone wrong; an integer that no float holds is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _state(folder: Path, noted: str, now: float) -> str:

@@ -24,7 +24,7 @@ from dinoct.compare.differ import (
     telling,
     unfair,
 )
-from dinoct.compare.read import Run
+from dinoct.compare.read import ODD, Run
 from dinoct.console import console
 
 WIDEST_CELL = 26  # longer texts are folded
@@ -49,8 +49,8 @@ def print_table(runs: Sequence[Run], title: str, *, sorted_by: str = "rank") -> 
     if hidden:
         say(f"no room for {', '.join(hidden)}: a wider terminal, --csv and --html show all")
     for run, label in zip(runs, labels(runs), strict=True):
-        if run.state == "failed":
-            say(f"{label} failed: {reason(run)}")
+        if run.state in ("failed", ODD):
+            say(f"{label} {run.state}: {reason(run)}")
 
 
 def is_text(runs: Sequence[Run], column: str) -> bool:
@@ -184,7 +184,7 @@ def as_json(runs: Sequence[Run]) -> str:
             "rank_step": run.best_step,
             "last": {tag: _finite(value) for tag, value in sorted(run.last.items())},
             "choices": dict(run.choices),
-            "settings": {key: run.settings[key] for key in settings if key in run.settings},
+            "settings": {key: _valid(run.settings[key]) for key in settings if key in run.settings},
         }
         for run in runs
     ]
@@ -195,12 +195,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
+def _valid(setting: Any) -> Any:
+    return _finite(setting) if isinstance(setting, float) else setting
+
+
 def describe_run(run: Run) -> list[str]:
     """What one run is and where it came from, line by line."""
 
     def pairs(key: str, joined: str = " ") -> str:
-        content: dict[str, Any] = run.config.get(key) or {}
-        return ", ".join(f"{name}{joined}{value}" for name, value in content.items() if value is not None)
+        return ", ".join(f"{name}{joined}{value}" for name, value in run.config[key].items() if value is not None)
 
     lines = [
         f"run        {run.folder}  ({run.state}, step {run.step})",
@@ -211,7 +214,7 @@ def describe_run(run: Run) -> list[str]:
     millions = (run.config.get("parameters") or 0) / 1e6
     if run.begun:
         lines += [
-            f"code       git {commits(run)}, dinoct {(run.config.get('environment') or {}).get('dinoct')}",
+            f"code       git {commits(run)}, dinoct {run.config['environment'].get('dinoct')}",
             f"data       manifest {data_hash(run)}",
             f"machine    {pairs('hardware')}",
             f"versions   {pairs('environment')}",
@@ -221,15 +224,15 @@ def describe_run(run: Run) -> list[str]:
         lines.append(f"duration   {duration(run.duration_s)}")
     if run.best_rank is not None:
         lines.append(f"best       mean percentile rank {run.best_rank:.6g} at step {run.best_step}")
-    if run.state == "failed":
+    if run.state in ("failed", ODD):
         lines.append(f"error      {reason(run)}")
     for event in run.history:
-        machine = event.get("hardware") or {}
+        machine = event["hardware"]
         card = f"{machine.get('platform')} ({machine.get('card')})"
         lines.append(
             f"history    {event.get('at')}  from step {event.get('from_step')} on {card}: {event.get('command')}"
         )
-        lines += [f"             changed {change}" for change in event.get("changes") or []]
+        lines += [f"             changed {change}" for change in event["changes"]]
     lines += [f"last       {tag} = {value:.6g}" for tag, value in sorted(run.last.items()) if tag != "step"]
     lines += [f"setting    {key} = {value}" for key, value in sorted(run.settings.items())]
     return [printable(line) for line in lines]
