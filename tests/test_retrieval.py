@@ -27,9 +27,11 @@ def test_a_blind_encoder_is_at_chance():
     assert got.ratio < 6
 
 
-def test_a_constant_encoder_wins_nothing_by_ties():
-    got = score(torch.ones(50, 4), torch.ones(50, 4))
+@pytest.mark.parametrize("n", [2, 3, 10, 50])
+def test_a_constant_encoder_wins_nothing_by_ties(n):
+    got = score(torch.ones(n, 4), torch.ones(n, 4))
     assert got.top1 == 0
+    assert got.top5 == (1 if n < 10 else 0)
     assert got.mean_percentile_rank == pytest.approx(0.5)
 
 

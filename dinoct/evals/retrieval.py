@@ -75,7 +75,8 @@ def score(first: Tensor, second: Tensor) -> Retrieval:
     if n < 2:
         raise ValueError("view retrieval needs at least two slices")
     ranks = key_ranks(first, second)
-    return Retrieval(n, float((ranks < 1).mean()), float((ranks < 5).mean()), ranks / (n - 1))
+    top1, top5 = (float((ranks < place - 0.5).mean()) for place in (1, 5))  # the last place shared with one is lost
+    return Retrieval(n, top1, top5, ranks / (n - 1))
 
 
 def one_per_series(series: np.ndarray) -> np.ndarray:
