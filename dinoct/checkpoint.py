@@ -131,6 +131,8 @@ def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
         if inside := list_checkpoints(path):
             raise CheckpointError(f"{path} is a run folder: name one of its checkpoints, such as {inside[-1]}")
         return read(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise CheckpointError(f"{path} is an exported encoder: name the checkpoint (.pth) that it was made of")
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)

@@ -96,6 +96,8 @@ def complain(error: Exception, schema: type) -> int:
         message = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
         message = explain_config_error(error, schema, sys.argv[1:])
+    elif isinstance(error, OSError) and (typed := typed_place(error, sys.argv[1:])):
+        message = f"{typed} cannot be written or read: {error.strerror}: {os.fsdecode(error.filename)}"
     else:
         message = f"{type(error).__name__}: {error} (DINOCT_TRACEBACK=1 shows where)"
     words = {"phantom", *(word for key in option_keys(schema) for word in key.split("."))}
@@ -108,6 +110,19 @@ def complain(error: Exception, schema: type) -> int:
     told.append(" ".join(message.split()))
     print(f"error: {told[-1]}", file=sys.stderr)
     return ERROR
+
+
+def typed_place(error: OSError, arguments: Sequence[str]) -> str | None:
+    """The argument that led to the file of an error: its value is the file, or a folder above it or in it."""
+    if not isinstance(error.filename, str | bytes) or not error.strerror:
+        return None
+    path = os.path.abspath(os.fsdecode(error.filename))
+    for argument in arguments:
+        value = argument.partition("=")[2]
+        place = os.path.abspath(value.strip("'\""))
+        if value and place != "/" and os.path.commonpath([place, path]) in (place, path):
+            return argument
+    return None
 
 
 def refuse_what_hydra_cannot_parse(arguments: Sequence[str]) -> None:
@@ -168,6 +183,8 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
     text = re.sub(r"is incompatible with type hint '(?:Optional\[)?Union\[([^]]+)\]+'", r"is none of: \1", text)
+    text = re.sub(r"Value '(.+?)' of type '\w+' could not be converted to Integer", _whole_number, text)
+    text = re.sub(r"Invalid value assigned: \w+ is not a ListConfig, list or tuple", "a list stands in brackets", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     drop = (
         "full_key:",
@@ -179,6 +196,14 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         "provider=",
     )
     return " ".join(line for line in lines if not line.startswith(drop))
+
+
+def _whole_number(found: re.Match) -> str:
+    try:
+        nearest = f", such as {round(float(found[1]))}"
+    except (ValueError, OverflowError):
+        nearest = ""
+    return f"it must be a whole number{nearest}"
 
 
 def quoted(override: str) -> str:

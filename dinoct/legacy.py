@@ -103,11 +103,27 @@ def run_legacy(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    if "--help" in hydra:
+        _print_flags(flags | (switches or {}), command)
+    else:
+        _print_notes(command, hydra, overrides)
+    sys.argv = [command, *hydra, *overrides]
+    cli()
+
+
+def _print_flags(flags: dict[str, str], command: str) -> None:
+    print("The older flags, and the settings that they are:\n")
+    for flag, key in flags.items():
+        print(f"  {flag:<22} {key}")
+    print(f"\nSettings may be typed here too. {command} --help:\n", flush=True)
+
+
+def _print_notes(command: str, hydra: Sequence[str], overrides: Sequence[str]) -> None:
     print("equivalent:", shlex.join([command, *hydra, *overrides]), flush=True)
     if command == "dinoct-train":
         print(f"note: {step_note(overrides)}", flush=True)
-    sys.argv = [command, *hydra, *overrides]
-    cli()
+    if older := next((item for item in overrides if item.partition("=")[2].startswith("data/runs/")), None):
+        print(f"note: {older}: runs lie in outputs/runs now", flush=True)
 
 
 def step_note(overrides: Sequence[str]) -> str:

@@ -73,17 +73,35 @@ def trained(phantom_root, tmp_path_factory):
         (["checkpoint=[a,ä/x.pth]"], ["""'checkpoint=[a,"ä/x.pth"]'"""]),
         (['checkpoint="Müller, A/x.pth"'], ["there is no checkpoint at Müller, A/x.pth"]),
         (["chéckpoint=x"], ["chéckpoint is not a setting"]),
+        (["checkpoint={good}", "n=1e1"], ["n=1e1: it must be a whole number, such as 10"]),
+        (["checkpoint={good}", "probe.rules=dice"], ["probe.rules=dice: a list stands in brackets"]),
+        (["checkpoint={good}", "out={text}"], ["out: ", "text.pth cannot be written"]),
+        (["checkpoint={encoder}"], ["encoder.safetensors is an exported encoder: name the checkpoint"]),
         (["checkpoint={good}", "data.root=/nowhere"], ["/nowhere"]),
     ],
 )
 def test_wrong_input_to_eval(trained, workplace, capfd, arguments, says):
     (workplace / "text.pth").write_text("not a checkpoint")
-    typed = [a.format(good=trained, text=workplace / "text.pth") for a in arguments]
+    (workplace / "encoder.safetensors").touch()
+    files = {"good": trained, "text": workplace / "text.pth", "encoder": workplace / "encoder.safetensors"}
+    typed = [argument.format(**files) for argument in arguments]
     assert run("eval", *typed) == 1
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1, err
     for words in says:
         assert words in err
+
+
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [("monitor", ["checkpoint={good}", "out=file/look"]), ("prepare", ["source=phantom", "data.root=file"])],
+)
+def test_a_place_that_cannot_be_written_names_its_key(trained, workplace, capfd, command, typed):
+    (workplace / "file").touch()
+    typed = [argument.format(good=trained) for argument in typed]
+    assert run(command, *typed) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {typed[-1]} cannot be written or read: ")
 
 
 def test_eval_writes_its_verdict_beside_the_checkpoint(trained, workplace, capfd):

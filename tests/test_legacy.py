@@ -6,7 +6,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dinoct.cli import option_keys
 from dinoct.config import EvalConfig, MonitorConfig, TrainConfig
 from dinoct.errors import ConfigError
-from dinoct.legacy import EVAL_FLAGS, MONITOR_FLAGS, TRAIN_FLAGS, TRAIN_SWITCHES, step_note, to_overrides
+from dinoct.legacy import EVAL_FLAGS, MONITOR_FLAGS, TRAIN_FLAGS, TRAIN_SWITCHES, run_legacy, step_note, to_overrides
 
 
 def test_phase5a_as_typed():
@@ -52,6 +52,23 @@ def test_hydra_reads_what_was_typed(value):
 def test_wrong_flags_are_refused(typed, says):
     with pytest.raises(ConfigError, match=says):
         to_overrides(typed, TRAIN_FLAGS, TRAIN_SWITCHES)
+
+
+def test_help_tells_what_each_flag_became(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["phase5_big_run.py", "--help"])
+    run_legacy("dinoct-train", lambda: print("the command's own"), TRAIN_FLAGS, TRAIN_SWITCHES)
+    out = capsys.readouterr().out
+    for flag, key in (TRAIN_FLAGS | TRAIN_SWITCHES).items():
+        assert f"{flag} {key}" in " ".join(out.split())
+    assert out.endswith("the command's own\n")
+
+
+def test_a_run_of_the_older_folder_is_told_where_runs_lie_now(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv", ["phase5_big_run.py", "--resume", "data/runs/20260101_000000/checkpoint_00000004.pth"]
+    )
+    run_legacy("dinoct-train", lambda: None, TRAIN_FLAGS, TRAIN_SWITCHES)
+    assert "runs lie in outputs/runs now" in capsys.readouterr().out
 
 
 def test_every_flag_leads_to_a_setting():

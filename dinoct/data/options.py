@@ -34,11 +34,13 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise PrepareError(f"the number of workers cannot be {self.workers}")
+            raise PrepareError(f"prepare.workers must be at least 0, not {self.workers}")
         if not 0 <= self.max_reject_fraction <= 1:
             raise PrepareError(f"prepare.max_reject_fraction lies between 0 and 1, not {self.max_reject_fraction}")
         if self.file_timeout_s <= 0 or self.memory_mb <= 0:
-            raise PrepareError("the time and memory limits of a file must be above 0")
+            raise PrepareError("prepare.file_timeout_s must be above 0, and so the memory limit of a file")
+        if not 0 < self.val_fraction < 1:
+            raise PrepareError(f"split.val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if not -32_768 <= self.hu_min < self.hu_max <= 32_767:
             raise PrepareError(f"HU cannot be clipped to [{self.hu_min}, {self.hu_max}]")
 

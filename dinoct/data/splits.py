@@ -43,7 +43,7 @@ def make_split(
     if len(everyone) < 2:
         raise DinoctError(f"a split needs two patients and there is {len(everyone)}; add data of another patient")
     if not 0.0 < fraction < 1.0:
-        raise DinoctError(f"the validation fraction must lie between 0 and 1, not {fraction}")
+        raise DinoctError(f"split.val_fraction must lie between 0 and 1, not {fraction}")
     if val_patients:
         return _named_split(everyone, frozenset(val_patients))
     val = {p for p in everyone if p in previous_val or (p not in previous_train and patient_draw(p, seed) < fraction)}

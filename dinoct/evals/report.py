@@ -1,6 +1,8 @@
 """A checkpoint's evaluation, from settings to files."""
 
+import errno
 import json
+import os
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,8 @@ def evaluate(cfg: EvalConfig) -> int:
         raise ConfigError(f"n must be at least 2, not {cfg.n}")
     paths = find_checkpoints(cfg.checkpoint)
     folders = report_folders(paths, cfg.out)
+    for folder in folders:
+        _make_writable(folder)  # said now, and not when all is judged
     hardware = resolve(cfg.hardware)
     settle(hardware)
     reports = [_evaluate_one(path, folder, cfg, hardware) for path, folder in zip(paths, folders, strict=True)]
@@ -90,6 +94,15 @@ def report_folders(paths: list[Path], out: str | None) -> list[Path]:
     return [Path(out) / run.name for run in runs]
 
 
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"out: {folder} cannot be written: {error.strerror}; name another folder") from error
+
+
 def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, Any]:
     checkpoint = checkpoints.load(path, lazily=True)
     data = data_of(cfg.data, checkpoint)
@@ -118,7 +131,6 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
         "window": asdict(cfg.probe.window),
         **judged,
     }
-    out.mkdir(parents=True, exist_ok=True)
     name = out / f"view_retrieval_step{checkpoint.step:08d}_N{n}"
     _write_json(name.with_suffix(".json"), report)
     draw_summary(report, name.with_suffix(".png"))
