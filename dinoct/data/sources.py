@@ -169,10 +169,12 @@ def _empty_source(db: sqlite3.Connection, tops: Sequence[bytes], top: bytes) -> 
     had = sum(bool(above(*row, [top])) for row in db.execute("SELECT path, place FROM files WHERE size >= 0"))
     return PrepareError(
         f"source: number {tops.index(top) + 1} of {len(tops)} had {had} files before and has none now: is its disk "
-        "mounted? Nothing was forgotten. If they were deleted, prepare.forget_missing=true forgets them"
+        "mounted? Nothing was forgotten. If they were deleted, prepare.forget_missing=true forgets all that is gone"
     )
 
 
 def _retry_transient(db: sqlite3.Connection) -> None:
-    db.execute("DELETE FROM groups WHERE grp IN (SELECT grp FROM drops WHERE transient)")
-    db.execute("UPDATE files SET scanned = 0, kind = NULL, reason = NULL, transient = 0 WHERE transient")
+    """Have files tried again that may not be to blame; of a source that is away, nothing is begun anew."""
+    seen = "SELECT file_id FROM files WHERE seen"
+    db.execute(f"DELETE FROM groups WHERE grp IN (SELECT grp FROM drops WHERE transient AND file_id IN ({seen}))")
+    db.execute("UPDATE files SET scanned = 0, kind = NULL, reason = NULL, transient = 0 WHERE transient AND seen")

@@ -586,6 +586,24 @@ def test_what_could_not_be_read_is_read_by_the_next_run(source, root, monkeypatc
     assert (report.slices_written, len(rejects(root))) == (14, 2)
 
 
+def test_a_slice_to_be_tried_again_costs_its_series_nothing_while_the_disk_is_away(source, root, tmp_path, monkeypatch):
+    write_series(tmp_path / "in2", 2, patient="P9", seed=50)
+    real = files.OpenFiles._open
+
+    def failing(self, found):
+        if found.path.endswith("/a/0003"):
+            raise OSError(5, "Input/output error")
+        return real(self, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.OpenFiles, "_open", failing)
+        assert prepare([source, tmp_path / "in2"], root).slices_written == 15
+    source.rename(tmp_path / "away")
+    assert prepare(tmp_path / "in2", root).slices_written == 15
+    (tmp_path / "away").rename(source)
+    assert prepare([source, tmp_path / "in2"], root).slices_written == 16
+
+
 KILLED = """
 import sys
 from pathlib import Path
