@@ -483,7 +483,8 @@ def test_validation_patients_by_raw_id_or_by_key(source, root):
         ({"workers": -1}, "workers"),
         ({"workers": 0, "max_reject_fraction": 2}, "max_reject_fraction"),
         ({"workers": 0, "hu_min": 100, "hu_max": 0}, "clipped"),
-        ({"workers": 0, "file_timeout_s": 0}, "limits"),
+        ({"workers": 0, "file_timeout_s": 0}, "prepare.file_timeout_s"),
+        ({"workers": 0, "val_fraction": 0}, "split.val_fraction"),
     ],
 )
 def test_impossible_options_name_themselves(options, words):
