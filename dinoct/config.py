@@ -183,7 +183,6 @@ class ProbeConfig:
     max_mean_cosine: float = 0.95  # pass: mean cosine between different slices at most this
     # pass, beside the three above: "FIGURE >= NUMBER" or "<=", such as "probes/masks/trained/dice >= 0.8"
     rules: list[str] = field(default_factory=list)
-    bootstrap: int = 1000  # not read any more: it stands in configs of earlier runs
     hard_n: int = 256  # queries that must be told from the slices beside them
     hard_offsets: list[int] = field(default_factory=lambda: [-2, -1, 1, 2])
     fit_n: int = 1024  # slices of training patients that linear probes are fitted on

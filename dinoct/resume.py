@@ -23,6 +23,7 @@ FRESH = (
     "replay",
     "preflight",
 )  # never from the checkpoint; a stored _target_ least of all
+RETIRED = ("probe.bootstrap",)  # stand in checkpoints of earlier versions, and nothing reads them any more
 SHAPES = (  # keys that decide the tensors' shapes
     "model.patch",
     "model.dim",
@@ -88,7 +89,7 @@ def merge_config(
     """
     base = OmegaConf.structured(TrainConfig)
     try:
-        base = OmegaConf.merge(base, OmegaConf.create(dict(stored)))
+        base = OmegaConf.merge(base, _without_retired(stored))
     except OmegaConfBaseException as error:
         raise CheckpointError(
             f"the checkpoint's config does not fit this version: {str(error).splitlines()[0]}"
@@ -107,6 +108,15 @@ def merge_config(
     for key in FRESH:
         OmegaConf.update(base, key, OmegaConf.select(composed, key), merge=False)
     return OmegaConf.to_object(base)
+
+
+def _without_retired(stored: Mapping[str, Any]) -> DictConfig:
+    kept = OmegaConf.create(dict(stored))
+    for key in RETIRED:
+        group, _, name = key.rpartition(".")
+        if (node := OmegaConf.select(kept, group)) is not None:
+            node.pop(name, None)
+    return kept
 
 
 def _typed_below(override: str) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct import shards
-from dinoct.checkup.machine import ram, size_text
+from dinoct.checkup.machine import Space, ram, size_text
 from dinoct.config import CkptConfig
 from dinoct.console import log
 from dinoct.errors import CheckpointError
@@ -128,7 +128,7 @@ class Saver:
             return state  # nobody reads it, or it was put together from shares and is nobody else's
         needed, room = state_bytes(state), ram()
         try:
-            if room is None or room.free >= needed + SPARE:
+            if has_room(needed, room):
                 return copied(state)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -186,6 +186,11 @@ def _linked(path: Path, second: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def has_room(needed: int, room: Space | None) -> bool:
+    """Whether the host's memory takes a copy of the state of `needed` bytes, as far as is known."""
+    return room is None or room.free >= needed + SPARE
 
 
 def copied(state: Any) -> Any:

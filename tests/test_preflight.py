@@ -132,6 +132,12 @@ def test_what_plainly_does_not_suffice_fails(phantom_root, workplace, capfd, mon
     assert not (workplace / "outputs" / "runs").exists()
 
 
+def test_a_memory_that_takes_no_copy_of_the_state_is_told_of(phantom_root, workplace, capfd, monkeypatch):
+    monkeypatch.setattr(preflight, "ram", lambda: Space(2 * 10**9, 4 * 10**9))
+    assert look_ahead(phantom_root) == 0
+    assert "no room for a copy of the state" in capfd.readouterr().out
+
+
 def test_a_step_that_is_not_finite_fails_and_saves_nothing(phantom_root, workplace, capfd, monkeypatch):
     forward = SelfDistillation.forward
 

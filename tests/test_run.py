@@ -181,6 +181,16 @@ def test_a_choice_that_was_changed_on_the_way_can_be_changed_back(phantom_root, 
         assert now["local_crops"] == (2 if now["name"] == "multicrop" else 0)  # typed again it brings no default back
 
 
+def test_a_checkpoint_with_a_setting_that_is_no_more_goes_on(phantom_root, workplace):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=1", "optim.horizon=8") == 0
+    found = checkpoints.load(folder / "checkpoint_00000001.pth")
+    found.meta["config"]["probe"]["bootstrap"] = 1000
+    checkpoints.save(folder / "checkpoint_00000001.pth", found.state, found.meta)
+    assert run("train", f"resume={folder}", "train.max_steps=2", "hardware=cpu", "hardware.num_workers=0") == 0
+    assert "bootstrap" not in json.loads((folder / "config.json").read_text())["config"]["probe"]
+
+
 def test_settings_typed_as_one_leave_the_others(phantom_root, workplace):
     folder = workplace / "run"
     assert train(phantom_root, folder, "train.max_steps=1", "optim.horizon=8") == 0

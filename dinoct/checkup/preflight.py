@@ -17,7 +17,7 @@ from dinoct.hardware import Hardware
 from dinoct.memory import KEEP_FREE, advice, estimate, remedies
 from dinoct.models.backbone import parameter_count
 from dinoct.models.ssl import Network
-from dinoct.saving import HEADROOM, state_bytes
+from dinoct.saving import HEADROOM, has_room, state_bytes
 from dinoct.validate import RECOMPUTE
 from dinoct.viz import draw_views, first_views, views_title
 
@@ -89,9 +89,13 @@ def preflight(engine: Engine) -> None:
         log.info("memory measured: %s at most; %s", size_text(torch.cuda.max_memory_reserved()), card_memory())
     if options := faster(cfg, hardware, parameters=parameter_count(engine.model.student)):
         log.info("steps would be shorter with %s", "; or ".join(options))
-    log.info(
-        check_disk(cfg.ckpt, state_bytes(engine.state_dict()), disk(folder), steps, judged=cfg.eval.every is not None)
-    )
+    size, room = state_bytes(engine.state_dict()), ram()
+    log.info(check_disk(cfg.ckpt, size, disk(folder), steps, judged=cfg.eval.every is not None))
+    if not has_room(size, room):
+        log.warning(
+            "the memory has no room for a copy of the state, %s: training waits while a checkpoint is written (%s)",
+            size_text(size), room,
+        )  # fmt: skip
     log.info("preflight passed: nothing was trained, and nothing but the picture is written")
 
 

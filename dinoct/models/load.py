@@ -103,7 +103,9 @@ def initial_weights(backbone: Backbone, path: str | Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"model.init_from: there is no file at {path}")
+        files = checkpoints.list_checkpoints(path)
+        hint = f"; name one of the folder's, such as {files[-1]}" if files else ""
+        raise CheckpointError(f"model.init_from: there is no file at {path}{hint}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
