@@ -120,7 +120,8 @@ def typed_place(error: OSError, arguments: Sequence[str]) -> str | None:
     for argument in arguments:
         value = argument.partition("=")[2]
         place = os.path.abspath(value.strip("'\""))
-        if value and place != "/" and os.path.commonpath([place, path]) in (place, path):
+        shared = os.path.commonpath([place, path])
+        if value and place != "/" and (shared == place or (shared == path and "/" in value)):
             return argument
     return None
 

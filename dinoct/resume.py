@@ -97,17 +97,23 @@ def merge_config(
     now, before = flatten(composed), flatten(defaults)
     for override in overrides:
         key = override.lstrip("+").split("=", 1)[0]
-        if key in choices:
+        if below := _typed_below(override):
+            keys = [name for name in below if name in now]
+        elif key in choices:
             if choices[key] == stored_choices.get(key):
                 continue
             keys = [k for k in now if now[k] != before.get(k)] if key == "experiment" else _below(now, key)
         else:
-            keys = [key] if key in now else _typed_below(override)
+            keys = [key] if key in now else []
         for name in keys:
             OmegaConf.update(base, name, now[name])
     for key in FRESH:
         OmegaConf.update(base, key, OmegaConf.select(composed, key), merge=False)
     return OmegaConf.to_object(base)
+
+
+def _place(path: str | None) -> Path | None:
+    return None if path is None else Path(path).absolute()
 
 
 def _without_retired(stored: Mapping[str, Any]) -> DictConfig:
@@ -120,7 +126,9 @@ def _without_retired(stored: Mapping[str, Any]) -> DictConfig:
 
 
 def _typed_below(override: str) -> list[str]:
-    """The settings that ``train={max_steps:6}`` names, not all that there are under train."""
+    """The settings that ``train={max_steps:6}`` names, not all that there are under train; none of another override."""
+    if "={" not in override:
+        return []
     parsed = OverridesParser.create().parse_override(override)
     value = parsed.value()
     return list(flatten(value, f"{parsed.key_or_group}.")) if isinstance(value, dict) else []
@@ -163,7 +171,7 @@ def check_shapes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
         wrong.append(f"loss.ibot.weight={new['loss.ibot.weight']} (checkpoint: {old.get('loss.ibot.weight')})")
     if (old.get("loss.gram.teacher") == "ema") != (new["loss.gram.teacher"] == "ema"):
         wrong.append(f"loss.gram.teacher={new['loss.gram.teacher']} (checkpoint: {old.get('loss.gram.teacher')})")
-    if old.get("model.init_from") != new["model.init_from"]:
+    if _place(old.get("model.init_from")) != _place(new["model.init_from"]):
         raise ConfigError(
             f"model.init_from={new['model.init_from']} starts a new run, and resume goes on with one: leave one out"
         )

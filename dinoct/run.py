@@ -237,7 +237,11 @@ def _made_ready(
         | {"machine": meta["hardware"]},
         resume_step=checkpoint.step if plan.resumes_in_place else 0,
     )
-    return _engine(plan, hardware, data, parts, folder, tracker, meta), tracker
+    try:
+        return _engine(plan, hardware, data, parts, folder, tracker, meta), tracker
+    except BaseException:
+        tracker.close()  # the next run of a sweep must not find it open
+        raise
 
 
 def _announce(plan: RunPlan, hardware: Hardware, parts: _Parts, data: tuple) -> None:

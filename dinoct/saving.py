@@ -8,7 +8,7 @@ import shutil
 import time
 from copy import deepcopy
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Saver:
         self.folder, self.cfg, self.parallel = folder, cfg, parallel or Parallel()
         self.writes = self.parallel.leads
         self.saved: Path | None = None  # the newest ``checkpoint_{step}.pth`` that was read back
-        self._writer: Thread | None = None
+        self._written = Event()  # what `save_behind` began
+        self._written.set()
         self._alarms: list[Path] = []
 
     def resume(self, path: Path) -> None:
@@ -67,14 +68,15 @@ class Saver:
         if copy is None:
             self._try(*args)
         else:
-            self._writer = Thread(target=self._try, args=args, name="checkpoint")
-            self._writer.start()
+            self._written.clear()
+            Thread(target=self._try_behind, args=args, name="checkpoint").start()  # the interpreter's end waits for it
 
     def wait(self) -> None:
-        """Until what `save_behind` began is written, or has failed."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        """Until what `save_behind` began is written, or has failed.
+
+        Not by joining the thread: a signal's handler that raises in there makes Python take it for ended.
+        """
+        self._written.wait()
 
     def saved_step(self) -> int | None:
         """Step of the newest checkpoint, once it is written."""
@@ -135,6 +137,12 @@ class Saver:
                 raise
         log.info("training waits for the checkpoint: no room to copy %s, %s", size_text(needed), room or "")
         return None
+
+    def _try_behind(self, *args: Any) -> None:
+        try:
+            self._try(*args)
+        finally:
+            self._written.set()
 
     def _try(self, state: dict[str, Any], meta: dict[str, Any], regular: bool, best: bool) -> None:
         what = "not saved"

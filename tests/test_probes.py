@@ -289,6 +289,13 @@ def test_a_rule_about_a_figure_that_was_not_measured_is_a_failed_check_of_a_repo
     assert f"FAIL {rules[0]}: not measured, masks on one side of the split alone; needs >= 0 (probe.rules)" in out
     found = json.loads((workplace / "r" / "view_retrieval_step00000001_N24.json").read_text())["checks"]
     assert [found[name]["passed"] for name in ("ratio", *rules)] == [False, False, False, True, True]
+    index = SliceIndex.load(masked_root / "_index" / "index.csv")
+    (workplace / "old").mkdir()
+    for name in index.series_names:  # of an earlier format: the other figures are written all the same
+        np.savez(workplace / "old" / f"{name}.npz", rows=np.zeros(1, np.int32), mask=np.ones((1, 4, 4), np.uint8))
+    assert run("eval", *quick, "probe.masks=old", "out=again") in (0, 2)
+    found = json.loads((workplace / "again" / "view_retrieval_step00000001_N24.json").read_text())["probes"]["masks"]
+    assert "run dinoct-prepare masks= again" in found["not_measured"]
     report = {"probes": {"masks": {"trained": {"dice": 0.5}}}}
     assert figure(report, "probes/masks/trained/dice") == 0.5
     assert figure(report, "probes/masks/random/dice") == "there is no random among: trained"

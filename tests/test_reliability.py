@@ -445,6 +445,32 @@ def test_a_checkpoint_holds_the_step_it_fell_due_at_while_training_goes_on(
     assert_same_weights(workplace / "again" / "checkpoint_00000040.pth", whole / "checkpoint_00000040.pth")
 
 
+def test_an_interrupted_wait_does_not_lose_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    """Python takes a thread for ended when a signal's handler raises while it is joined."""
+    saver, write, release = Saver(tmp_path, CkptConfig()), checkpoints.save, threading.Event()
+
+    def held(path, state, meta):
+        assert release.wait(60)
+        return write(path, state, meta)
+
+    def raises(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save", held)
+    saver.save_behind({"w": torch.ones(4)}, {"step": 1})
+    before = signal.signal(signal.SIGALRM, raises)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            saver.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "checkpoint" in [thread.name for thread in threading.enumerate()]
+    release.set()
+    assert saver.saved_step() == 1
+    assert checkpoints.load(tmp_path / "checkpoint_00000001.pth").step == 1
+
+
 def test_without_memory_for_a_copy_training_waits_for_the_checkpoint(
     phantom_root, workplace, whole, capfd, monkeypatch
 ):

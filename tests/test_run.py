@@ -194,8 +194,15 @@ def test_a_checkpoint_with_a_setting_that_is_no_more_goes_on(phantom_root, workp
 def test_settings_typed_as_one_leave_the_others(phantom_root, workplace):
     folder = workplace / "run"
     assert train(phantom_root, folder, "train.max_steps=1", "optim.horizon=8") == 0
-    assert run("train", f"resume={folder}", "train={max_steps:2}", "hardware=cpu", "hardware.num_workers=0") == 0
-    assert json.loads((folder / "config.json").read_text())["history"][1]["changes"] == ["train.max_steps: 1 -> 2"]
+    typed = [
+        "train={max_steps:2}",
+        "optim={lr:1e-3}",
+        "hardware=cpu",
+        "hardware.num_workers=0",
+    ]
+    assert run("train", f"resume={folder}", *typed) == 0
+    changes = json.loads((folder / "config.json").read_text())["history"][1]["changes"]
+    assert sorted(changes) == ["optim.lr: 0.002 -> 0.001", "train.max_steps: 1 -> 2"]
 
 
 def test_other_weights_to_start_from_are_refused_at_a_resume(phantom_root, workplace, capfd):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import TINY, run
 
 from dinoct.config import TrackerConfig
 from dinoct.tracking import JsonLines, Tracker, build_tracker, rewind
@@ -95,6 +96,22 @@ def test_a_server_that_cannot_be_reached_makes_wandb_write_offline(tmp_path, mon
     monkeypatch.setattr(wandb, "init", refused)  # a key that is wrong is for the user to know before the run
     with pytest.raises(wandb.errors.AuthenticationError):
         build_tracker(cfg, tmp_path, run_id="abcd1234", config={})
+
+
+def test_a_job_that_fails_before_its_first_step_leaves_no_tracker_open(phantom_root, workplace, monkeypatch):
+    """The next job of a sweep would write into its W&B run."""
+    closed, build = [], build_tracker
+
+    def watched(*args, **kwargs):
+        tracker = build(*args, **kwargs)
+        close = tracker.close
+        tracker.close = lambda: (closed.append(1), close())
+        return tracker
+
+    monkeypatch.setattr("dinoct.run.build_tracker", watched)
+    monkeypatch.setattr("dinoct.run.build_engine", lambda *_, **__: 1 / 0)
+    assert run("train", *TINY, f"data.root={phantom_root}", "train.max_steps=1") == 1
+    assert closed == [1]
 
 
 def test_records_wait_while_the_disk_is_full(tmp_path, monkeypatch):

@@ -78,6 +78,10 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
     os.replace(name, path)
 
 
+class MaskError(DinoctError):
+    """Masks that are there and cannot be used."""
+
+
 class MaskStore:
     """Reads masks; the series read last stays in memory."""
 
@@ -95,11 +99,11 @@ class MaskStore:
         """Mask of slice i, ``[N, N]`` uint8, letterboxed as `read_slice` does with the slice.
 
         Raises:
-            DinoctError: where its shape is not the slice's, or the masks are none of this format.
+            MaskError: where its shape is not the slice's, or the masks are none of this format.
         """
         mask = self._of(index, i)[index.at("slice_id", i)]
         if mask.shape != (index.rows[i], index.cols[i]):
-            raise DinoctError(f"the mask of slice {index.slice_id[i]} is {mask.shape}, not the slice's shape")
+            raise MaskError(f"the mask of slice {index.slice_id[i]} is {mask.shape}, not the slice's shape")
         # Air is what a slice is padded with; a mask is padded with 0.
         spacing = (float(index.spacing_row_mm[i]), float(index.spacing_col_mm[i]))
         return np.maximum(letterbox(mask.astype(np.int16), spacing), 0).astype(np.uint8)
@@ -115,9 +119,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as content:
             if "slice_id" not in content:
-                raise DinoctError(
-                    f"the masks in {path.parent} are of an earlier format: run dinoct-prepare masks= again"
-                )
+                raise MaskError(f"the masks in {path.parent} are of an earlier format: run dinoct-prepare masks= again")
             return dict(zip(content["slice_id"].tolist(), content["mask"], strict=True))
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DinoctError(f"{path} is no file of masks ({type(error).__name__})") from None
+        raise MaskError(f"{path} is no file of masks ({type(error).__name__})") from None

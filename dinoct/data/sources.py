@@ -91,16 +91,17 @@ def forget_moved(catalog: Catalog, groups: Iterable[str]) -> int:
 
 def _moved_volumes(db: sqlite3.Connection) -> set[str]:
     """Volumes name their series after their path: moved ones are known by name, size and time."""
-    query = (
-        "SELECT old.file_id, old.path, new.path FROM files old JOIN files new USING (size, mtime_ns) "
-        "WHERE NOT old.seen AND old.kind IS NULL AND new.seen"
-    )
-    same = (
-        (file_id, old)
-        for file_id, old, new in db.execute(query)
-        if is_volume(old) and os.path.basename(old) == os.path.basename(new)
-    )
-    return {file_id for file_id, old in same if is_gone(old)}
+    query = "SELECT file_id, path, size, mtime_ns, member FROM files WHERE NOT seen AND kind IS NULL"
+    gone = {
+        file_id: (os.path.basename(path), size, time)
+        for file_id, path, size, time, member in db.execute(query)
+        if is_volume(path) and is_gone(json.loads(member)[0] if member else path)
+    }
+    if not gone:
+        return set()
+    seen = db.execute("SELECT path, size, mtime_ns FROM files WHERE seen")
+    here = {(os.path.basename(path), size, time) for path, size, time in seen if is_volume(path)}
+    return {file_id for file_id, known in gone.items() if known in here}
 
 
 def _slice(ref: SliceRef) -> tuple:
@@ -122,14 +123,14 @@ def above(path: bytes, place: bytes | None, tops: Collection[bytes]) -> set[byte
 
 
 def is_gone(place: bytes | str) -> bool:
-    """Say whether a file or a folder is known not to exist."""
+    """Say whether a real path is known not to exist any more, or leads elsewhere since there is a link in it."""
     try:
         os.stat(place)
+        return os.path.realpath(place) != place
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:  # nobody knows
         return False
-    return False
 
 
 def missing(db: sqlite3.Connection) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dinoct.config import ModelConfig, ProbeConfig
 from dinoct.data.index import SliceIndex
 from dinoct.data.labels import Labels
-from dinoct.data.masks import MaskStore
+from dinoct.data.masks import MaskError, MaskStore
 from dinoct.data.store import SliceStore
 from dinoct.data.views import probe_spec
 from dinoct.evals.correspondence import Correspondence
@@ -226,13 +226,16 @@ class _Room:
             return {"not_measured": "no masks (probe.masks)"}
         from dinoct.evals.structure import mask_probe
 
-        return mask_probe(
-            {name: encoder for name, encoder in self.encoders.items() if name != "histogram"},
-            (self.data.train, self.data.val),
-            self.data.store,
-            self.data.masks,
-            self.probe,
-            size=self.probe.masks_px or max(self.model.img_size, MASK_GRID * self.model.patch),
-            patch=self.model.patch,
-            hardware=self.hardware,
-        )
+        try:
+            return mask_probe(
+                {name: encoder for name, encoder in self.encoders.items() if name != "histogram"},
+                (self.data.train, self.data.val),
+                self.data.store,
+                self.data.masks,
+                self.probe,
+                size=self.probe.masks_px or max(self.model.img_size, MASK_GRID * self.model.patch),
+                patch=self.model.patch,
+                hardware=self.hardware,
+            )
+        except MaskError as error:  # masks that are no good do not cost the other figures
+            return {"not_measured": str(error)}

@@ -253,12 +253,16 @@ def test_a_volume_that_may_not_be_read_is_read_once_it_may(tmp_path, monkeypatch
     assert prepare(tmp_path / "in", tmp_path / "root").slices_written == 18
 
 
-def test_volumes_that_were_moved_are_not_there_twice(tmp_path):
+@pytest.mark.parametrize("link", [False, True])
+def test_volumes_that_were_moved_are_not_there_twice(tmp_path, link):
+    """Named at their new place, or at the old one, where a link was left."""
     for i in range(3):
         write(image(10 * i), tmp_path / "in" / f"{i}.nii")
     first = prepare(tmp_path / "in", tmp_path / "root")
     (tmp_path / "in").rename(tmp_path / "elsewhere")
-    report = prepare(tmp_path / "elsewhere", tmp_path / "root")
+    if link:
+        (tmp_path / "in").symlink_to(tmp_path / "elsewhere")
+    report = prepare(tmp_path / ("in" if link else "elsewhere"), tmp_path / "root")
     assert (report.slices_written, report.files_seen) == (18, 3)
     assert (report.files_vanished, report.files_missing) == (3, 0)
     index = SliceIndex.load(report.index_csv)
