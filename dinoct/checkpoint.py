@@ -171,6 +171,12 @@ def step_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name).group(1))
 
 
+def is_regular(path: Path, step: int) -> bool:
+    """Whether a file is its folder's ``checkpoint_{step}.pth``, by this name or by a link's."""
+    regular = path.with_name(checkpoint_name(step))
+    return regular.is_file() and path.is_file() and regular.samefile(path)
+
+
 def rotate(folder: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
     """Delete checkpoints older than the last `keep_last`, except milestones; returns what was deleted."""
     steps = {step_of(path): path for path in list_checkpoints(folder)}
@@ -210,8 +216,8 @@ def best_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint_best_*.pth"), default=None)
 
 
-def set_aside(folder: Path, *, after: int) -> list[Path]:
-    """Rename the checkpoints of later steps: the run goes on from `after`, and they belong to what it leaves behind."""
+def set_aside(folder: Path, *, after: int, keep: Path | None = None) -> list[Path]:
+    """Rename the checkpoints of steps later than `after`, but `keep`: they belong to what the run leaves behind."""
     moved = []
     for path in list_checkpoints(folder):
         if step_of(path) > after:
@@ -231,7 +237,7 @@ def set_aside(folder: Path, *, after: int) -> list[Path]:
             os.replace(path, target)
             moved.append(target)
     best = best_checkpoint(folder)
-    if best is not None and int(best.stem.removeprefix("checkpoint_best_")) > after:
+    if best is not None and best != keep and int(best.stem.removeprefix("checkpoint_best_")) > after:
         target = best.with_name(best.name.replace("checkpoint_", "abandoned_"))
         os.replace(best, target)
         moved.append(target)

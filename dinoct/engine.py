@@ -98,6 +98,8 @@ class Engine:
         self.model.teacher.eval()
         with StopRequest(patient=self.parallel.world > 1) as stop, progress("steps") as bar:
             task = bar.add_task("train", total=cfg.train.max_steps, completed=self.step)
+            if self.parallel.led(self.saver.owes):  # or a kill would send the run back to what it turned away from
+                self.saver.save(self.state_dict(), self._meta())
             self.looks.start(self.step)
             self.records.start(self.step, self.samples_seen)
             try:
@@ -127,7 +129,7 @@ class Engine:
             self._flush()
             if self.parallel.led(self.saver.saved_step() != self.step):
                 self.saver.save(self.state_dict(), self._meta())
-            if self._finished() and self._improved():
+            if self._finished() and self._due(cfg.eval.every) and self._improved():
                 self.saver.keep_best(self.state_dict(), self._meta())
         if stop.requested:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self.saver.saved)
@@ -317,7 +319,7 @@ class Engine:
         if checkpoint.path.is_dir():
             shards.load_into(checkpoint, self.model, self.optimizer)
         self.load_state_dict(checkpoint.state, checkpoint.meta)
-        self.saver.resume(checkpoint.path)
+        self.saver.resume(checkpoint.path, checkpoint.step)
         checkpoint.state = {}
 
     def load_state_dict(self, saved: dict[str, Any], meta: dict[str, Any]) -> None:

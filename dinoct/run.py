@@ -197,6 +197,7 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder, pa
     try:
         result = engine.fit()
     finally:
+        engine.saver.wait()  # the folder's lock outlives what is being written in it
         tracker.close()
     folder.set_state("stopped" if result.exit_status else "done", result.step)
     return Outcome(result.exit_status, result.mean_percentile_rank)
@@ -272,7 +273,9 @@ def _check_before(
     size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
     if plan.resumes_in_place:
-        for path in checkpoints.set_aside(folder.path, after=checkpoint.step):
+        regular = checkpoint.path.is_dir() or checkpoints.is_regular(checkpoint.path, checkpoint.step)
+        after = checkpoint.step if regular else checkpoint.step - 1  # of another branch, the same step goes too
+        for path in checkpoints.set_aside(folder.path, after=after, keep=checkpoint.path):
             log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
 
 

@@ -36,14 +36,18 @@ class Saver:
         self.folder, self.cfg, self.parallel = folder, cfg, parallel or Parallel()
         self.writes = self.parallel.leads
         self.saved: Path | None = None  # the newest ``checkpoint_{step}.pth`` that was read back
+        self.owes = False  # a regular checkpoint of the step that the run goes on from
         self._written = Event()  # what `save_behind` began
         self._written.set()
         self._alarms: list[Path] = []
 
-    def resume(self, path: Path) -> None:
-        """The run goes on from a checkpoint: in its own folder, that one need not be written again."""
-        own = self.folder / path.name
-        self.saved = own if own in checkpoints.list_checkpoints(self.folder) and own.samefile(path) else None
+    def resume(self, path: Path, step: int) -> None:
+        """The run goes on from a checkpoint: in its own folder a regular one need not be written again, and another
+        one (an emergency's, one that was set aside) is owed as a regular one at once."""
+        here = path.parent.absolute() == self.folder.absolute()
+        regular = here and checkpoints.is_regular(path, step)
+        self.saved = self.folder / checkpoints.checkpoint_name(step) if regular else None
+        self.owes = here and path.is_file() and not regular
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,27 @@ def test_masks_find_their_slices_by_the_name_of_the_file(masked_root):
         hu, mask = read_slice(index, store, int(i)), masks.read(index, int(i))
         assert set(np.unique(mask)) <= {0, 1}
         assert np.array_equal(mask > 0, (hu > -960) & (hu < -600))
+
+
+def test_a_series_may_have_a_file_of_masks_per_slice(masked_root, tmp_path):
+    (source,) = list((masked_root / "dicom").rglob("*.npz"))[:1]
+    files, masks = (np.load(source)[name] for name in ("files", "mask"))
+    copy = tmp_path / "root"
+    shutil.copytree(masked_root, copy)
+    shutil.rmtree(copy / "_masks", ignore_errors=True)
+    pieces = []
+    for i, name in enumerate(files):
+        pieces.append(source.with_name(f"piece_{i}.npz"))
+        np.savez(pieces[-1], files=[name], mask=masks[i : i + 1])
+    hidden = source.rename(source.with_suffix(".away"))
+    try:
+        folder, known, _ = write_masks(source.parent, copy)
+    finally:
+        hidden.rename(source)
+        for piece in pieces:
+            piece.unlink()
+    index = SliceIndex.load(copy / "_index" / "index.csv")
+    assert known == len(files) == len(MaskStore(folder).rows_with_mask(index))
 
 
 def test_masks_of_an_earlier_format_say_what_to_do(masked_root, tmp_path):

@@ -376,6 +376,35 @@ def test_the_best_encoder_of_a_run_is_kept_over_rotation_and_resume(phantom_root
     assert [path.name for path in (workplace / "r").glob("*best*")] == ["checkpoint_best_00000005.pth"]
 
 
+def test_a_last_step_that_was_not_judged_is_not_the_best(phantom_root, workplace, monkeypatch):
+    from dinoct import looks
+
+    monkeypatch.setattr(looks, "judge", lambda *_, **__: {"mean_percentile_rank": 0.1, "top1": 0.0, "n": 4})
+    assert train(phantom_root, workplace / "r", "eval.every=2", "train.max_steps=3") == 0
+    assert [path.name for path in (workplace / "r").glob("*best*")] == ["checkpoint_best_00000002.pth"]
+
+
+def test_going_on_from_what_was_set_aside_leaves_the_other_branch(phantom_root, workplace):
+    """A kill behind it must not send the run back to the branch that it turned away from."""
+    folder, here = workplace / "r", ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, folder, "train.max_steps=4", "ckpt.every=1") == 0
+    first = checkpoints.load(folder / "checkpoint_00000004.pth").state["model"]
+    turned = [f"resume={folder / 'checkpoint_00000002.pth'}", "optim.lr=0.1", "train.max_steps=4"]
+    assert run("train", *turned, *here) == 0
+    assert (
+        run("train", f"resume={folder / 'abandoned_00000004.pth'}", "ckpt.every=100", "train.max_steps=4", *here) == 0
+    )
+    again = checkpoints.load(folder / "checkpoint_00000004.pth").state["model"]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert (folder / "abandoned_00000004x.pth").is_file()  # the other branch's
+    stamp = (folder / "checkpoint_00000004.pth").stat().st_ino
+    final = (
+        f"resume={folder / 'checkpoint_final_00000004.pth'}"  # another name of the regular one: nothing is to be done
+    )
+    assert run("train", final, "train.max_steps=4", *here) == 0
+    assert (folder / "checkpoint_00000004.pth").stat().st_ino == stamp
+
+
 def test_auto_means_the_newest_run_and_says_so_when_it_has_nothing(phantom_root, workplace, capfd):
     runs = workplace / "outputs" / "runs"
     assert train(phantom_root, runs / "20260101_000000", "train.max_steps=1") == 0

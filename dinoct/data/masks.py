@@ -8,6 +8,7 @@ import os
 import tempfile
 import zipfile
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,18 @@ def _take_over(path: Path, catalog: Catalog, out: Path, number: int) -> tuple[in
         if place:
             parts[place[0]].append((place[1], i))
     for series, pairs in parts.items():
-        keys, places = zip(*sorted(pairs), strict=True)
-        _write(out / f"{series}.npz", slice_id=np.array(keys), mask=(masks[list(places)] != 0).astype(np.uint8))
+        _add(out / f"{series}.npz", {key: (masks[i] != 0).astype(np.uint8) for key, i in pairs})
     known = sum(map(len, parts.values()))
     return known, len(files) - known
+
+
+def _add(path: Path, masks: dict[str, np.ndarray]) -> None:
+    """Add masks by slice_id to those that the series has already: a series may have several files of them."""
+    with suppress(MaskError):  # of an earlier format, or damaged: these take their place
+        masks = _load(path) | masks if path.is_file() else masks
+    shape = next(reversed(masks.values())).shape
+    keys = sorted(key for key, mask in masks.items() if mask.shape == shape)
+    _write(path, slice_id=np.array(keys), mask=np.stack([masks[key] for key in keys]))
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:

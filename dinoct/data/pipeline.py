@@ -23,7 +23,7 @@ from dinoct.data.groups import SeriesStage
 from dinoct.data.index import SliceIndex, sweep_temporary
 from dinoct.data.options import PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
-from dinoct.data.publish import Tables, explain, publish, publish_split
+from dinoct.data.publish import Tables, check_split, explain, publish, publish_split
 from dinoct.data.store import MASKS, has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
@@ -227,20 +227,16 @@ def _report(run: _Run) -> PrepareReport:
             f"{tables.refused_ct} CT files were refused for {tables.slices} slices: {fraction:.0%} is more than "
             f"prepare.max_reject_fraction={options.max_reject_fraction:g}; all are in {tables.rejects_csv}:{summary}"
         )
+    split = {"seed": options.split_seed, "fraction": options.val_fraction, "val_patients": options.val_patients}
+    patients = sorted({patient for _, patient, _ in catalog.series_rows()})
+    check_split(run.root, patients, run.hasher, **split)
     index = _put_in_place(run, tables)
     nameless = catalog.one("SELECT COUNT(*) FROM series WHERE patient = ?", run.hasher.patient(""))[0]
     if nameless and len(index.patient_names) < 2:
         raise PrepareError(
             f"a split needs two patients; {nameless} series have no PatientID and count as one: write that tag first"
         )
-    manifest, kept = publish_split(
-        run.root,
-        index,
-        run.hasher,
-        seed=options.split_seed,
-        fraction=options.val_fraction,
-        val_patients=options.val_patients,
-    )
+    manifest, kept = publish_split(run.root, index, run.hasher, **split)
     return PrepareReport(
         files_seen=tables.files_seen,
         files_with_slices=tables.files_with_slices,

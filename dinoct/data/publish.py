@@ -59,6 +59,47 @@ def publish(root: Path, catalog: Catalog) -> Tables:
     return tables
 
 
+def check_split(
+    root: Path,
+    patients: Sequence[str],
+    hasher: Hasher,
+    *,
+    seed: int,
+    fraction: float,
+    val_patients: Sequence[str] | None,
+) -> None:
+    """Raise DinoctError for named patients that are not there, before an index is written that has no split then."""
+    previous, named = _split_before(root, patients, hasher, seed=seed, fraction=fraction, val_patients=val_patients)
+    if len(patients) > 1:
+        SplitManifest.sides(
+            patients,
+            dataset_id=hasher.key("dataset"),
+            seed=seed,
+            fraction=fraction,
+            val_patients=named,
+            previous=previous,
+        )
+
+
+def _split_before(
+    root: Path,
+    patients: Sequence[str],
+    hasher: Hasher,
+    *,
+    seed: int,
+    fraction: float,
+    val_patients: Sequence[str] | None,
+) -> tuple[SplitManifest | None, list[str] | None]:
+    """The manifest that there is, and the named patients as keys of the index."""
+    try:
+        previous = SplitManifest.load(root / "_splits" / split_file_name(fraction, seed))
+    except DinoctError:  # none yet, or not readable: a fresh one takes its place
+        previous = None
+    if val_patients is None:
+        return previous, None
+    return previous, [name if name in patients else hasher.patient(name) for name in val_patients]
+
+
 def publish_split(
     root: Path, index: SliceIndex, hasher: Hasher, *, seed: int, fraction: float, val_patients: Sequence[str] | None
 ) -> tuple[Path, int]:
@@ -67,12 +108,9 @@ def publish_split(
     `val_patients` are PatientIDs or patient keys of the index; None: what the manifest before this one named.
     """
     path = root / "_splits" / split_file_name(fraction, seed)
-    try:
-        previous = SplitManifest.load(path)
-    except DinoctError:  # none yet, or not readable: a fresh one takes its place
-        previous = None
-    if val_patients is not None:
-        val_patients = [name if name in index.patient_names else hasher.patient(name) for name in val_patients]
+    previous, val_patients = _split_before(
+        root, index.patient_names, hasher, seed=seed, fraction=fraction, val_patients=val_patients
+    )
     manifest = SplitManifest.build(
         index,
         dataset_id=hasher.key("dataset"),

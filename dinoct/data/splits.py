@@ -103,9 +103,33 @@ class SplitManifest:
 
         `val_patients`: None keeps those that `previous` named, newcomers go to train; empty: back to the draws.
         """
+        patients = [index.patient_names[code] for code in np.unique(index.patient)]
+        train, val, named = cls.sides(
+            patients,
+            dataset_id=dataset_id,
+            seed=seed,
+            fraction=fraction,
+            val_patients=val_patients,
+            previous=previous,
+        )
+        draft = cls(dataset_id, seed, fraction, GROUP_KEY, train, val, index.content_hash(), {}, named)
+        sides = dict(zip(("train", "val"), draft.masks(index), strict=True))
+        counts = {name: _counts(index.select(mask)) for name, mask in sides.items()}
+        return cls(**{**draft.__dict__, "counts": counts})
+
+    @staticmethod
+    def sides(
+        patients: Sequence[str],
+        *,
+        dataset_id: str,
+        seed: int,
+        fraction: float,
+        val_patients: Sequence[str] | None,
+        previous: "SplitManifest | None",
+    ) -> tuple[frozenset[str], frozenset[str], bool]:
+        """(train, val, whether val was named) of `build`, for the keys of patients."""
         same = previous is not None and previous.dataset_id == dataset_id
         same = same and (previous.seed, previous.fraction) == (seed, fraction)
-        patients = [index.patient_names[code] for code in np.unique(index.patient)]
         if val_patients is None:
             val_patients = _still_named(previous.val, patients) if same and previous.named else ()
         keep = same and not previous.named
@@ -117,10 +141,7 @@ class SplitManifest:
             previous_val=previous.val if keep else frozenset(),
             previous_train=previous.train if keep else frozenset(),
         )
-        draft = cls(dataset_id, seed, fraction, GROUP_KEY, train, val, index.content_hash(), {}, bool(val_patients))
-        sides = dict(zip(("train", "val"), draft.masks(index), strict=True))
-        counts = {name: _counts(index.select(mask)) for name, mask in sides.items()}
-        return cls(**{**draft.__dict__, "counts": counts})
+        return train, val, bool(val_patients)
 
     @classmethod
     def load(cls, path: Path) -> "SplitManifest":

@@ -473,8 +473,13 @@ def test_validation_patients_by_raw_id_or_by_key(source, root):
     again = prepare(source, root)
     assert (again.named_kept, SplitManifest.load(again.split_manifest).val) == (1, {key})
     assert prepare(source, root, val_patients=()).named_kept == 0
-    with pytest.raises(PrepareError, match="1 of the names are not among the 3 patients"):
+    write_series(source / "C", 2, patient="C", seed=99)
+    before = fingerprint(root)
+    with pytest.raises(DinoctError, match="1 of the names are not among the 4 patients"):
         prepare(source, root, val_patients=("P2", "Nobody"))
+    index, store = "_index/index.csv", {name for name in before if name.startswith("store/")}
+    after = fingerprint(root)
+    assert {name: after[name] for name in (index, *store)} == {name: before[name] for name in (index, *store)}
 
 
 @pytest.mark.parametrize(
