@@ -216,9 +216,14 @@ def best_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint_best_*.pth"), default=None)
 
 
-def set_aside(folder: Path, *, after: int, keep: Path | None = None) -> list[Path]:
-    """Rename the checkpoints of steps later than `after`, but `keep`: they belong to what the run leaves behind."""
-    moved = []
+def set_aside(folder: Path, going_on: Path, step: int) -> list[Path]:
+    """Rename the checkpoints that belong to what a run leaves behind, which goes on from a file of its folder.
+
+    They are those of later steps; where that file is no regular checkpoint (an emergency's, one that was set aside),
+    the regular one of the same step too, for it is of another branch.
+    """
+    regular = going_on.is_dir() or is_regular(going_on, step)
+    after, moved = step if regular else step - 1, []
     for path in list_checkpoints(folder):
         if step_of(path) > after:
             target = path.with_name(f"abandoned_{step_of(path):08d}.pth")
@@ -237,7 +242,7 @@ def set_aside(folder: Path, *, after: int, keep: Path | None = None) -> list[Pat
             os.replace(path, target)
             moved.append(target)
     best = best_checkpoint(folder)
-    if best is not None and best != keep and int(best.stem.removeprefix("checkpoint_best_")) > after:
+    if best is not None and not best.samefile(going_on) and int(best.stem.removeprefix("checkpoint_best_")) > after:
         target = best.with_name(best.name.replace("checkpoint_", "abandoned_"))
         os.replace(best, target)
         moved.append(target)

@@ -273,9 +273,7 @@ def _check_before(
     size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
     if plan.resumes_in_place:
-        regular = checkpoint.path.is_dir() or checkpoints.is_regular(checkpoint.path, checkpoint.step)
-        after = checkpoint.step if regular else checkpoint.step - 1  # of another branch, the same step goes too
-        for path in checkpoints.set_aside(folder.path, after=after, keep=checkpoint.path):
+        for path in checkpoints.set_aside(folder.path, checkpoint.path, checkpoint.step):
             log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
 
 

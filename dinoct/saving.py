@@ -233,14 +233,14 @@ def check_space(folder: Path, needed: int, *, leaving: int = 0) -> None:
         raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
     if free < HEADROOM * (1 + leaving) * needed:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes {needed / 1e9:.1f} GB: free some space, "
-            "lower ckpt.keep_last, or take run_dir on another disk"
+            f"{folder} has {free / 1e9:.1f} GB free, and {1 + leaving} checkpoint{'s' if leaving else ''} of "
+            f"{needed / 1e9:.1f} GB must fit: free some space, lower ckpt.keep_last, or take run_dir on another disk"
         )
 
 
 def check_space_for_run(folder: Path, needed: int, keep_last: int) -> None:
     """Before a run: two checkpoints must fit (the new one is written before an old one goes); all kept ones should."""
-    check_space(folder, 2 * needed)
+    check_space(folder, needed, leaving=1)
     free = shutil.disk_usage(folder).free
     if free < HEADROOM * (keep_last + 1) * needed:
         log.warning(

@@ -51,6 +51,7 @@ def _whole(tensor: Tensor, parallel: Parallel) -> Tensor:
     if parallel.whole:
         return tensor
     tensor = whole(tensor)
+    # A copy on the CPU too: it is written while training goes on.
     return tensor.to("cpu", copy=True) if parallel.leads else tensor.new_empty(0)
 
 

@@ -143,6 +143,18 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_going_on_from_the_best_encoder_keeps_it(tmp_path, monkeypatch):
+    """Its regular checkpoint is rotated away; a later one, and one of the same step of another branch, are not its."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoint_00000002.pth", "checkpoint_00000004.pth", "checkpoint_00000006.pth"):
+        (tmp_path / name).write_text(name)
+    best = Path("checkpoint_best_00000004.pth")  # as it was typed, and not as the folder has it
+    best.write_text("another branch")
+    checkpoints.set_aside(tmp_path, best, 4)
+    names = {"abandoned_00000004.pth", "abandoned_00000006.pth", "checkpoint_00000002.pth", best.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_what_a_kill_left_of_a_save_is_swept_away(tmp_path):
     for name in (
         ".checkpoint_00000001.pth.tmp-1",

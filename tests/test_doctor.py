@@ -55,7 +55,9 @@ def test_one_held_out_patient_is_a_warning(phantom_root, workplace):
     """What he cannot prove is said before a run, and not behind it."""
     index = SliceIndex.load(phantom_root / "_index" / "index.csv")
     alone = [index.patient_name(0)]
-    SplitManifest.build(index, dataset_id="x", seed=0, fraction=0.1, val_patients=alone).save(workplace / "one.json")
+    patients = [index.patient_name(i) for i in range(len(index))]
+    split = SplitManifest.decide(patients, dataset_id="x", seed=0, fraction=0.1, val_patients=alone)
+    split.of_index(index).save(workplace / "one.json")
     cfg = DataConfig(root=str(phantom_root), split_manifest=str(workplace / "one.json"))
     found = {finding.name: finding for finding in report.data(cfg, named=True)}
     assert found["split"].level == WARN

@@ -8,7 +8,8 @@ import os
 import tempfile
 import zipfile
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,41 +41,55 @@ def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
         raise DinoctError("masks: there is no .npz under the folder that was given")
     catalog = Catalog(database)
     try:
-        counts = [_take_over(path, catalog, root / MASKS, number) for number, path in enumerate(found, 1)]
+        known, strange = _places(found, catalog)
     finally:
         catalog.close()
-    known, strange = (sum(column) for column in zip(*counts, strict=True))
     if not known:
         raise DinoctError(f"masks: none of the {strange} slices of {len(found)} files is in {root}")
-    return root / MASKS, known, strange
+    for series, places in known.items():  # once per series, however many files it has
+        _add(root / MASKS / f"{series}.npz", found, places)
+    return root / MASKS, sum(map(len, known.values())), strange
 
 
-def _take_over(path: Path, catalog: Catalog, out: Path, number: int) -> tuple[int, int]:
-    """Write one file's masks by series; returns how many slices the data set knows, and how many not."""
+def _places(found: Sequence[Path], catalog: Catalog) -> tuple[dict[str, dict[str, tuple[int, int]]], int]:
+    """By series and slice_id: which of the files `found` has the mask, and where; and how many slices are not known."""
+    query = "SELECT s.series, s.slice_id FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
+    known: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    strange = 0
+    for number, path in enumerate(found):
+        with _opened(path, number) as content:
+            names, shape = [str(name) for name in content["files"]], content["mask"].shape
+            if len(shape) != 3 or shape[0] != len(names):
+                raise ValueError
+        for i, name in enumerate(names):
+            place = os.fsencode(os.path.realpath(path.parent / name))
+            slices = catalog.db.execute(query, (place,)).fetchone()
+            if slices:
+                known[slices[0]][slices[1]] = (number, i)
+            strange += slices is None
+    return known, strange
+
+
+@contextmanager
+def _opened(path: Path, number: int) -> Iterator[np.lib.npyio.NpzFile]:
+    """A file of masks; what is wrong with it is said by its number, since its path may hold a name."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            masks, files = content["mask"], [str(name) for name in content["files"]]
-        if masks.ndim != 3 or len(masks) != len(files):
-            raise ValueError
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # its path may hold a name
-        raise DinoctError(f"masks: .npz number {number} has no `mask` [n, H, W] with `files` [n]") from None
-    query = "SELECT s.series, s.slice_id FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
-    parts: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for i, name in enumerate(files):
-        place = catalog.db.execute(query, (os.fsencode(os.path.realpath(path.parent / name)),)).fetchone()
-        if place:
-            parts[place[0]].append((place[1], i))
-    for series, pairs in parts.items():
-        _add(out / f"{series}.npz", {key: (masks[i] != 0).astype(np.uint8) for key, i in pairs})
-    known = sum(map(len, parts.values()))
-    return known, len(files) - known
+            yield content
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise DinoctError(f"masks: .npz number {number + 1} has no `mask` [n, H, W] with `files` [n]") from None
 
 
-def _add(path: Path, masks: dict[str, np.ndarray]) -> None:
-    """Add masks by slice_id to those that the series has already: a series may have several files of them."""
+def _add(path: Path, found: Sequence[Path], places: dict[str, tuple[int, int]]) -> None:
+    """Write the masks of a series, beside those that it has of other slices."""
+    masks: dict[str, np.ndarray] = {}
     with suppress(MaskError):  # of an earlier format, or damaged: these take their place
-        masks = _load(path) | masks if path.is_file() else masks
-    shape = next(reversed(masks.values())).shape
+        masks = _load(path) if path.is_file() else {}
+    for number in sorted({number for number, _ in places.values()}):
+        with _opened(found[number], number) as content:
+            stack = content["mask"]
+            masks |= {key: (stack[i] != 0).astype(np.uint8) for key, (n, i) in places.items() if n == number}
+    shape = masks[next(iter(places))].shape
     keys = sorted(key for key, mask in masks.items() if mask.shape == shape)
     _write(path, slice_id=np.array(keys), mask=np.stack([masks[key] for key in keys]))
 

@@ -11,6 +11,10 @@ class PrepareError(DinoctError):
     """prepare cannot go on or should not be trusted; the first line says why, a summary by reason may follow."""
 
 
+class NoSplit(PrepareError):
+    """The index is written, and one patient alone cannot be split; an embedding needs no split."""
+
+
 @dataclass(frozen=True)
 class PrepareOptions:
     """`workers` processes decode (0: this process, without time and memory limits, for debugging).
@@ -37,8 +41,10 @@ class PrepareOptions:
             raise PrepareError(f"prepare.workers must be at least 0, not {self.workers}")
         if not 0 <= self.max_reject_fraction <= 1:
             raise PrepareError(f"prepare.max_reject_fraction lies between 0 and 1, not {self.max_reject_fraction}")
-        if self.file_timeout_s <= 0 or self.memory_mb <= 0:
-            raise PrepareError("prepare.file_timeout_s must be above 0, and so the memory limit of a file")
+        if self.file_timeout_s <= 0:
+            raise PrepareError(f"prepare.file_timeout_s must be above 0, not {self.file_timeout_s}")
+        if self.memory_mb <= 0:
+            raise PrepareError(f"the memory limit of a file must be above 0, not {self.memory_mb}")
         if not 0 < self.val_fraction < 1:
             raise PrepareError(f"split.val_fraction must lie between 0 and 1, not {self.val_fraction}")
         if not -32_768 <= self.hu_min < self.hu_max <= 32_767:

@@ -21,9 +21,9 @@ from dinoct.data.dicom import Rejected
 from dinoct.data.files import FileRef
 from dinoct.data.groups import SeriesStage
 from dinoct.data.index import SliceIndex, sweep_temporary
-from dinoct.data.options import PrepareError, PrepareOptions, PrepareReport, Progress
+from dinoct.data.options import NoSplit, PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
-from dinoct.data.publish import Tables, check_split, explain, publish, publish_split
+from dinoct.data.publish import Tables, decide_split, explain, publish, publish_split
 from dinoct.data.store import MASKS, has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
@@ -80,7 +80,8 @@ def prepare_dataset(
 
     Sources add up: a later run with another folder extends the data set, and files that vanished from a folder named
     again leave it. Raises PrepareError: a source that is missing, or had files and has none, no slice, too many refused
-    CT files (rejects.csv is written, the index is not), fewer than two patients (the index is written), a full disk.
+    CT files (rejects.csv is written, the index is not), names that are not there, a full disk; and NoSplit where there
+    is one patient (the index is written).
     """
     root = Path(root).resolve()
     sources.require(folders)
@@ -227,16 +228,13 @@ def _report(run: _Run) -> PrepareReport:
             f"{tables.refused_ct} CT files were refused for {tables.slices} slices: {fraction:.0%} is more than "
             f"prepare.max_reject_fraction={options.max_reject_fraction:g}; all are in {tables.rejects_csv}:{summary}"
         )
-    split = {"seed": options.split_seed, "fraction": options.val_fraction, "val_patients": options.val_patients}
-    patients = sorted({patient for _, patient, _ in catalog.series_rows()})
-    check_split(run.root, patients, run.hasher, **split)
+    of_series = [patient for _, patient, _ in catalog.series_rows()]
+    patients, nameless = sorted(set(of_series)), of_series.count(run.hasher.patient(""))
+    split = decide_split(run.root, patients, run.hasher, options) if len(patients) > 1 else None
     index = _put_in_place(run, tables)
-    nameless = catalog.one("SELECT COUNT(*) FROM series WHERE patient = ?", run.hasher.patient(""))[0]
-    if nameless and len(index.patient_names) < 2:
-        raise PrepareError(
-            f"a split needs two patients; {nameless} series have no PatientID and count as one: write that tag first"
-        )
-    manifest, kept = publish_split(run.root, index, run.hasher, **split)
+    if split is None:
+        without = f"{nameless} series have no PatientID and count as one: write that tag first"
+        raise NoSplit(f"a split needs two patients; {without if nameless else 'add data of another patient'}")
     return PrepareReport(
         files_seen=tables.files_seen,
         files_with_slices=tables.files_with_slices,
@@ -245,7 +243,7 @@ def _report(run: _Run) -> PrepareReport:
         rejected=dict(tables.rejected),
         refused_ct_fraction=fraction,
         index_csv=tables.index_csv,
-        split_manifest=manifest,
+        split_manifest=publish_split(run.root, index, split, options),
         index_hash=index.content_hash(),
         seconds=time.monotonic() - run.started,
         bytes_in=run.bytes_in,
@@ -253,6 +251,6 @@ def _report(run: _Run) -> PrepareReport:
         files_vanished=run.files_vanished,
         files_missing=sources.missing(catalog.db),
         series_left=len(run.series_before - catalog.series_names()),
-        named_kept=kept,
+        named_kept=len(split.val) if split.named and options.val_patients is None else 0,
         series_nameless=nameless,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dinoct.data.catalog import Catalog
 from dinoct.data.index import COLUMNS, SliceIndex, write_csv
+from dinoct.data.options import PrepareOptions
 from dinoct.data.privacy import Hasher
 from dinoct.data.splits import SplitManifest, split_file_name
 from dinoct.errors import DinoctError
@@ -59,68 +60,32 @@ def publish(root: Path, catalog: Catalog) -> Tables:
     return tables
 
 
-def check_split(
-    root: Path,
-    patients: Sequence[str],
-    hasher: Hasher,
-    *,
-    seed: int,
-    fraction: float,
-    val_patients: Sequence[str] | None,
-) -> None:
-    """Raise DinoctError for named patients that are not there, before an index is written that has no split then."""
-    previous, named = _split_before(root, patients, hasher, seed=seed, fraction=fraction, val_patients=val_patients)
-    if len(patients) > 1:
-        SplitManifest.sides(
-            patients,
-            dataset_id=hasher.key("dataset"),
-            seed=seed,
-            fraction=fraction,
-            val_patients=named,
-            previous=previous,
-        )
-
-
-def _split_before(
-    root: Path,
-    patients: Sequence[str],
-    hasher: Hasher,
-    *,
-    seed: int,
-    fraction: float,
-    val_patients: Sequence[str] | None,
-) -> tuple[SplitManifest | None, list[str] | None]:
-    """The manifest that there is, and the named patients as keys of the index."""
+def decide_split(root: Path, patients: Sequence[str], hasher: Hasher, options: PrepareOptions) -> SplitManifest:
+    """The sides of the patients, before an index is written. Raises DinoctError where they cannot be split so."""
     try:
-        previous = SplitManifest.load(root / "_splits" / split_file_name(fraction, seed))
+        previous = SplitManifest.load(_manifest_path(root, options))
     except DinoctError:  # none yet, or not readable: a fresh one takes its place
         previous = None
-    if val_patients is None:
-        return previous, None
-    return previous, [name if name in patients else hasher.patient(name) for name in val_patients]
-
-
-def publish_split(
-    root: Path, index: SliceIndex, hasher: Hasher, *, seed: int, fraction: float, val_patients: Sequence[str] | None
-) -> tuple[Path, int]:
-    """Write the split manifest; return its path, and how many patients of an earlier manifest stay held out by name.
-
-    `val_patients` are PatientIDs or patient keys of the index; None: what the manifest before this one named.
-    """
-    path = root / "_splits" / split_file_name(fraction, seed)
-    previous, val_patients = _split_before(
-        root, index.patient_names, hasher, seed=seed, fraction=fraction, val_patients=val_patients
-    )
-    manifest = SplitManifest.build(
-        index,
+    named = options.val_patients
+    return SplitManifest.decide(
+        patients,
         dataset_id=hasher.key("dataset"),
-        seed=seed,
-        fraction=fraction,
-        val_patients=val_patients,
+        seed=options.split_seed,
+        fraction=options.val_fraction,
+        val_patients=named and [name if name in patients else hasher.patient(name) for name in named],
         previous=previous,
     )
-    manifest.save(path)
-    return path, len(manifest.val) if manifest.named and val_patients is None else 0
+
+
+def publish_split(root: Path, index: SliceIndex, split: SplitManifest, options: PrepareOptions) -> Path:
+    """Write the manifest of a split for the index; return its path."""
+    path = _manifest_path(root, options)
+    split.of_index(index).save(path)
+    return path
+
+
+def _manifest_path(root: Path, options: PrepareOptions) -> Path:
+    return root / "_splits" / split_file_name(options.val_fraction, options.split_seed)
 
 
 def explain(root: Path, key: str) -> dict[str, object]:

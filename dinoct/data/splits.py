@@ -7,7 +7,7 @@ function of (patient key, seed) alone, so that adding data moves nobody.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +89,9 @@ class SplitManifest:
             raise DinoctError(f"{both} patient(s) stand on both sides of the split")
 
     @classmethod
-    def build(
+    def decide(
         cls,
-        index: SliceIndex,
+        patients: Sequence[str],
         *,
         dataset_id: str,
         seed: int,
@@ -99,35 +99,18 @@ class SplitManifest:
         val_patients: Sequence[str] | None = None,
         previous: "SplitManifest | None" = None,
     ) -> "SplitManifest":
-        """Split the patients of `index`; `previous` is an earlier manifest of the same seed, fraction and data set.
+        """Split the keys of patients; `of_index` says of what data.
 
-        `val_patients`: None keeps those that `previous` named, newcomers go to train; empty: back to the draws.
+        Args:
+            patients: of the data set.
+            dataset_id: key of the data set.
+            seed: of the draws.
+            fraction: of the patients to hold out, about.
+            val_patients: None keeps those that `previous` named, newcomers go to train; empty: back to the draws.
+            previous: an earlier manifest, which counts where seed, fraction and data set are the same.
+        Raises:
+            DinoctError: for fewer than two patients, or names that are not among them.
         """
-        patients = [index.patient_names[code] for code in np.unique(index.patient)]
-        train, val, named = cls.sides(
-            patients,
-            dataset_id=dataset_id,
-            seed=seed,
-            fraction=fraction,
-            val_patients=val_patients,
-            previous=previous,
-        )
-        draft = cls(dataset_id, seed, fraction, GROUP_KEY, train, val, index.content_hash(), {}, named)
-        sides = dict(zip(("train", "val"), draft.masks(index), strict=True))
-        counts = {name: _counts(index.select(mask)) for name, mask in sides.items()}
-        return cls(**{**draft.__dict__, "counts": counts})
-
-    @staticmethod
-    def sides(
-        patients: Sequence[str],
-        *,
-        dataset_id: str,
-        seed: int,
-        fraction: float,
-        val_patients: Sequence[str] | None,
-        previous: "SplitManifest | None",
-    ) -> tuple[frozenset[str], frozenset[str], bool]:
-        """(train, val, whether val was named) of `build`, for the keys of patients."""
         same = previous is not None and previous.dataset_id == dataset_id
         same = same and (previous.seed, previous.fraction) == (seed, fraction)
         if val_patients is None:
@@ -141,7 +124,13 @@ class SplitManifest:
             previous_val=previous.val if keep else frozenset(),
             previous_train=previous.train if keep else frozenset(),
         )
-        return train, val, bool(val_patients)
+        return cls(dataset_id, seed, fraction, GROUP_KEY, train, val, "", {}, bool(val_patients))
+
+    def of_index(self, index: SliceIndex) -> "SplitManifest":
+        """The same sides, with the index's hash and what of it lies on each."""
+        sides = zip(("train", "val"), self.masks(index), strict=True)
+        counts = {name: _counts(index.select(mask)) for name, mask in sides}
+        return replace(self, index_hash=index.content_hash(), counts=counts)
 
     @classmethod
     def load(cls, path: Path) -> "SplitManifest":

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from dinoct.config import EmbedConfig
 from dinoct.console import console, progress
 from dinoct.data.dataset import read_slice, start_worker
 from dinoct.data.index import SliceIndex
-from dinoct.data.pipeline import PrepareError, PrepareOptions, Progress, prepare_dataset
+from dinoct.data.options import NoSplit
+from dinoct.data.pipeline import PrepareOptions, Progress, prepare_dataset
+from dinoct.data.sources import require
 from dinoct.data.store import SliceStore
 from dinoct.delivery.encoder import Encoder, load_encoder
 from dinoct.delivery.feature_table import FeatureTable, check_output, write_features
@@ -84,9 +86,7 @@ def find_sources(cfg: EmbedConfig) -> list[Path]:
             "take another data.root"
         )
     sources = [Path(str(item)) for item in (cfg.source if isinstance(cfg.source, list) else [cfg.source])]
-    for number, source in enumerate(sources, 1):
-        if not os.path.exists(source):
-            raise ConfigError(f"source: number {number} of {len(sources)} does not exist")
+    require(sources)
     return sources
 
 
@@ -121,12 +121,8 @@ def prepare(cfg: EmbedConfig, sources: list[Path], root: Path) -> None:
         def say(p: Progress) -> None:
             tell(p.stage, p.done, p.total)
 
-        try:
+        with suppress(NoSplit):  # of one patient, which nobody needs here
             prepare_dataset(sources, root, options, progress=say)
-        except PrepareError:
-            if not index_of(root).is_file():
-                raise
-            # The index is written last but for the split, which one patient alone cannot have, and nobody needs here.
     refused = refused_files(root)
     console.print(f"files that gave no slice: {refused.total()}")
     for reason, count in refused.most_common():

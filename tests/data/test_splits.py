@@ -31,12 +31,16 @@ def make_index(tmp_path, patients, **options):
     return SliceIndex.load(path)
 
 
+def build(index, **options):
+    return SplitManifest.decide([index.patient_name(i) for i in range(len(index))], **options).of_index(index)
+
+
 PATIENTS = [f"{i:016x}" for i in range(50)]
 
 
 def test_no_patient_is_on_both_sides_and_all_are_on_one(tmp_path):
     index = make_index(tmp_path, PATIENTS)
-    manifest = SplitManifest.build(index, dataset_id="d", seed=0, fraction=0.2)
+    manifest = build(index, dataset_id="d", seed=0, fraction=0.2)
     train, val = manifest.masks(index)
     assert (train ^ val).all()
     assert set(index.patient[train]).isdisjoint(index.patient[val])
@@ -57,27 +61,27 @@ def test_the_fraction_is_kept_on_average_and_seeds_differ():
 @pytest.mark.parametrize("seed", range(20))
 def test_adding_patients_moves_nobody(tmp_path, seed):
     old = make_index(tmp_path, PATIENTS[:6])
-    first = SplitManifest.build(old, dataset_id="d", seed=seed, fraction=0.1)
+    first = build(old, dataset_id="d", seed=seed, fraction=0.1)
     new = make_index(tmp_path, PATIENTS)
-    second = SplitManifest.build(new, dataset_id="d", seed=seed, fraction=0.1, previous=first)
+    second = build(new, dataset_id="d", seed=seed, fraction=0.1, previous=first)
     assert first.val <= second.val
     assert first.train <= second.train
 
 
 def test_another_seed_or_data_set_ignores_the_previous_split(tmp_path):
     index = make_index(tmp_path, PATIENTS)
-    named = SplitManifest.build(index, dataset_id="d", seed=0, fraction=0.1, val_patients=PATIENTS[:3])
+    named = build(index, dataset_id="d", seed=0, fraction=0.1, val_patients=PATIENTS[:3])
     assert named.val == set(PATIENTS[:3])
-    fresh = SplitManifest.build(index, dataset_id="d", seed=0, fraction=0.1)
-    other = SplitManifest.build(index, dataset_id="other", seed=0, fraction=0.5)
+    fresh = build(index, dataset_id="d", seed=0, fraction=0.1)
+    other = build(index, dataset_id="other", seed=0, fraction=0.5)
     for previous, seed in ((other, 0), (replace(named, dataset_id="other"), 0), (replace(named, seed=1), 0)):
-        again = SplitManifest.build(index, dataset_id="d", seed=seed, fraction=0.1, previous=previous)
+        again = build(index, dataset_id="d", seed=seed, fraction=0.1, previous=previous)
         assert again.val == fresh.val
 
 
 def test_patients_held_out_by_name_stay_so_until_others_are_named(tmp_path):
     few, all_ = make_index(tmp_path, PATIENTS[:8]), make_index(tmp_path, PATIENTS)
-    split = partial(SplitManifest.build, dataset_id="d", seed=0, fraction=0.5)
+    split = partial(build, dataset_id="d", seed=0, fraction=0.5)
     named = split(few, val_patients=PATIENTS[:3])
     grown = split(all_, previous=named)
     assert (grown.val, grown.named) == (set(PATIENTS[:3]), True)
@@ -112,7 +116,7 @@ def test_impossible_splits_say_why(patients, options, words):
 
 def test_manifest_survives_the_disk_and_refuses_overlap_and_strangers(tmp_path):
     index = make_index(tmp_path, PATIENTS[:5])
-    manifest = SplitManifest.build(index, dataset_id="d", seed=3, fraction=0.25)
+    manifest = build(index, dataset_id="d", seed=3, fraction=0.25)
     path = tmp_path / split_file_name(0.25, 3)
     manifest.save(path)
     assert path.name == "val25_seed3.json"
