@@ -73,7 +73,10 @@ class Saver:
             self._try(*args)
         else:
             self._written.clear()
-            Thread(target=self._try_behind, args=args, name="checkpoint").start()  # the interpreter's end waits for it
+            try:  # the interpreter's end waits for a thread
+                Thread(target=self._try_behind, args=args, name="checkpoint").start()
+            except RuntimeError:  # there is none to be had
+                self._try_behind(*args)
 
     def wait(self) -> None:
         """Until what `save_behind` began is written, or has failed.

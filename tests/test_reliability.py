@@ -471,6 +471,16 @@ def test_an_interrupted_wait_does_not_lose_the_checkpoint_that_is_being_written(
     assert checkpoints.load(tmp_path / "checkpoint_00000001.pth").step == 1
 
 
+def test_without_a_thread_to_be_had_training_waits_too(tmp_path, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    saver = Saver(tmp_path, CkptConfig())
+    saver.save_behind({"w": torch.ones(4)}, {"step": 1})
+    assert saver.saved_step() == 1
+
+
 def test_without_memory_for_a_copy_training_waits_for_the_checkpoint(
     phantom_root, workplace, whole, capfd, monkeypatch
 ):
