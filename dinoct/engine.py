@@ -330,7 +330,7 @@ class Engine:
         self.samples_seen = meta["samples_seen"]
         if meta["config"]["loss"]["gram"]["teacher"] != self.cfg.loss.gram.teacher:
             self.model.forget_gram_teacher()
-        self.looks.resume(meta.get("best_rank"))
+        self.looks.resume()
 
     def _meta(self, *, emergency: bool = False) -> dict[str, Any]:
         meta = {"step": self.step, "samples_seen": self.samples_seen, "anomalies": self.records.state()}

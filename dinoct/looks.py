@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from dinoct.checkpoint import best_checkpoint
+from dinoct.checkpoint import best_checkpoint, load
 from dinoct.config import TrainConfig
 from dinoct.console import log
 from dinoct.data.dataset import SliceViews, middle_slice, read_slice
 from dinoct.data.index import SliceIndex
+from dinoct.errors import DinoctError
 from dinoct.evals.judge import ProbeData, judge
 from dinoct.hardware import Hardware
 from dinoct.models.backbone import Backbone
@@ -37,9 +38,16 @@ class Looks:
         if self.cfg.monitor.every is not None:
             self._aside("draw", step, lambda: self._views(step))
 
-    def resume(self, best_rank: float | None) -> None:
-        """Go on from a checkpoint's best figure, if the encoder that had it is still in the folder."""
-        self.best_rank = best_rank if best_checkpoint(self.run.path) else None
+    def resume(self) -> None:
+        """Go on from the figure of the best encoder that the folder holds, by its own record: the run may have been
+        killed before it kept a better one."""
+        best = best_checkpoint(self.run.path)
+        if best is None:
+            return
+        try:
+            self.best_rank = load(best, lazily=True).meta.get("best_rank")
+        except DinoctError as error:
+            log.warning("the next encoder that is judged counts as the best so far: %s", error)
 
     def draw(self, backbone: Backbone, step: int) -> None:
         """The pictures and stats.json of the first series' middle slice (see `dinoct.viz`)."""

@@ -376,6 +376,27 @@ def test_the_best_encoder_of_a_run_is_kept_over_rotation_and_resume(phantom_root
     assert [path.name for path in (workplace / "r").glob("*best*")] == ["checkpoint_best_00000005.pth"]
 
 
+def test_a_kill_before_the_best_encoder_was_kept_leaves_its_place_open(phantom_root, workplace, monkeypatch, capfd):
+    """The newest checkpoint says 0.2 by then, and the file that is kept had 0.4: 0.3 is better than what there is."""
+    from dinoct import looks
+
+    given = iter([0.4, 0.2, 0.3, 0.35, 0.5])
+    monkeypatch.setattr(looks, "judge", lambda *_, **__: {"mean_percentile_rank": next(given), "top1": 0.0, "n": 4})
+    folder, here = workplace / "r", ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, folder, "eval.every=1", "ckpt.every=1", "train.max_steps=2", "optim.horizon=9") == 0
+    (folder / "checkpoint_best_00000002.pth").unlink()
+    (folder / "checkpoint_best_00000001.pth").hardlink_to(folder / "checkpoint_00000001.pth")
+    assert run("train", "resume=r", "train.max_steps=3", *here) == 0
+    assert [path.name for path in folder.glob("*best*")] == ["checkpoint_best_00000003.pth"]
+
+    (folder / "checkpoint_best_00000003.pth").unlink()
+    (folder / "checkpoint_best_00000003.pth").write_bytes(b"cut")
+    capfd.readouterr()
+    assert run("train", "resume=r", "train.max_steps=4", *here) == 0  # 0.35 is better than a file that cannot be read
+    assert "the next encoder that is judged counts as the best so far" in capfd.readouterr().out
+    assert [path.name for path in folder.glob("*best*")] == ["checkpoint_best_00000004.pth"]
+
+
 def test_a_last_step_that_was_not_judged_is_not_the_best(phantom_root, workplace, monkeypatch):
     from dinoct import looks
 
