@@ -198,55 +198,43 @@ def doomed(steps: Iterable[int], *, keep_last: int, keep_every: int | None) -> l
     return gone
 
 
-def link_final(path: Path) -> Path:
-    """Give the last checkpoint its second name: a hard link where the file system has them."""
-    final = path.with_name(f"checkpoint_final_{step_of(path):08d}.pth")
-    final.unlink(missing_ok=True)
+def link(path: Path, second: Path) -> None:
+    """Give a file a second name that outlives the first, in place of what has that name.
+
+    A hard link, or a copy where the file system has none.
+
+    Raises:
+        CheckpointError: if the disk refuses; nothing has changed then.
+    """
+    temporary = second.with_name(f".{second.name}.tmp-{os.getpid()}")
     try:
-        os.link(path, final)
+        try:
+            os.link(path.resolve(), temporary)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            with open(path, "rb") as source, open(temporary, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 24)
+                target.flush()
+                os.fsync(target.fileno())
+        os.replace(temporary, second)
+        sync_folder(second.parent)
     except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise CheckpointError(f"cannot link {final}: {error.strerror}") from error
-        os.symlink(path.name, final)
+        raise CheckpointError(f"cannot write {second}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_final(path: Path) -> Path:
+    """Give the last checkpoint its second name."""
+    final = path.with_name(f"checkpoint_final_{step_of(path):08d}.pth")
+    link(path, final)
     return final
 
 
 def best_checkpoint(folder: Path) -> Path | None:
     """``checkpoint_best_*.pth`` of a run folder; of two, which a kill may leave, the newer one."""
     return max(folder.glob("checkpoint_best_*.pth"), default=None)
-
-
-def set_aside(folder: Path, going_on: Path, step: int) -> list[Path]:
-    """Rename the checkpoints that belong to what a run leaves behind, which goes on from a file of its folder.
-
-    They are those of later steps; where that file is no regular checkpoint (an emergency's, one that was set aside),
-    the regular one of the same step too, for it is of another branch.
-    """
-    regular = going_on.is_dir() or is_regular(going_on, step)
-    after, moved = step if regular else step - 1, []
-    for path in list_checkpoints(folder):
-        if step_of(path) > after:
-            target = path.with_name(f"abandoned_{step_of(path):08d}.pth")
-            while target.exists():  # of an earlier turn back
-                target = target.with_name(f"{target.stem}x.pth")
-            os.replace(path, target)
-            path.with_name(f"checkpoint_final_{step_of(path):08d}.pth").unlink(missing_ok=True)
-            moved.append(target)
-    from dinoct import shards
-
-    for path in shards.list_sharded(folder):
-        if shards.step_of(path) > after:
-            target = path.with_name(path.name.replace("sharded_", "abandoned_sharded_"))
-            while target.exists():
-                target = target.with_name(f"{target.name}x")
-            os.replace(path, target)
-            moved.append(target)
-    best = best_checkpoint(folder)
-    if best is not None and not best.samefile(going_on) and int(best.stem.removeprefix("checkpoint_best_")) > after:
-        target = best.with_name(best.name.replace("checkpoint_", "abandoned_"))
-        os.replace(best, target)
-        moved.append(target)
-    return moved
 
 
 def find_latest(folders: Iterable[Path]) -> tuple[Checkpoint | None, list[str]]:

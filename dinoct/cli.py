@@ -184,8 +184,8 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
     text = re.sub(r"is incompatible with type hint '(?:Optional\[)?Union\[([^]]+)\]+'", r"is none of: \1", text)
-    text = re.sub(r"Value '(.+?)' of type '\w+' could not be converted to Integer", _whole_number, text)
-    text = re.sub(r"Value '.+?' of type '\w+' could not be converted to Float", "it must be a number", text)
+    text = re.sub(r"Value '(.*?)' of type '\w+' could not be converted to Integer", _whole_number, text)
+    text = re.sub(r"Value '.*?' of type '\w+' could not be converted to Float", "it must be a number", text)
     text = re.sub(r"Invalid value assigned: \w+ is not a ListConfig, list or tuple", "a list stands in brackets", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     drop = (

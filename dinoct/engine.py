@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoct import checkpoint as checkpoints
 from dinoct import shards, state
 from dinoct.checkpoint import Checkpoint
 from dinoct.config import TrainConfig
@@ -98,8 +97,6 @@ class Engine:
         self.model.teacher.eval()
         with StopRequest(patient=self.parallel.world > 1) as stop, progress("steps") as bar:
             task = bar.add_task("train", total=cfg.train.max_steps, completed=self.step)
-            if self.parallel.led(self.saver.owes):  # or a kill would send the run back to what it turned away from
-                self.saver.save(self.state_dict(), self._meta())
             self.looks.start(self.step)
             self.records.start(self.step, self.samples_seen)
             try:
@@ -134,7 +131,7 @@ class Engine:
         if stop.requested:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self.saver.saved)
         elif self.parallel.leads:
-            log.info("done: step %d, %s", self.step, checkpoints.link_final(self.saver.saved))
+            log.info("done: step %d, %s", self.step, self.saver.name_final())
         return Result(self.step, stop.exit_status, self.looks.best_rank)
 
     def update(self, batches: Iterator[CropBatch]) -> Scalars:

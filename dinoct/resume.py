@@ -13,6 +13,7 @@ from dinoct.config import TrainConfig
 from dinoct.errors import CheckpointError, ConfigError
 from dinoct.rundir import RUNS, newest_runs
 from dinoct.shards import is_sharded, list_sharded
+from dinoct.turnback import aside
 
 FRESH = (
     "hardware",
@@ -48,6 +49,9 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
     path = Path(resume)
     if resume != "auto" and (not path.is_dir() or is_sharded(path)):
         return load(path), []
+    if path.name.startswith("abandoned_sharded_"):
+        name = path.name.removeprefix("abandoned_").rstrip("x")
+        raise CheckpointError(f"resume={resume}: shares that were set aside are resumed as {name}: rename the folder")
     runs = newest_runs()
     folders = [path] if resume != "auto" else [Path(run_dir)] if run_dir else runs[:1]
     found, warnings = find_latest(folders)
@@ -56,6 +60,8 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
         skipped = f" ({'; '.join(warnings)})" if warnings else ""
         older = next((str(run) for run in runs[1:] if has_checkpoint(run)), None) if resume == "auto" else None
         hint = f"; an older run is resumed by name: resume={older}" if older else ""
+        if folders and (others := aside(folders[0])):
+            hint = f"; there is {others[-1].name}, which is resumed by name: resume={others[-1]}"
         raise CheckpointError(f"resume={resume}: no usable checkpoint in {place}{skipped}{hint}")
     return found, warnings
 

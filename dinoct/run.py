@@ -35,6 +35,7 @@ from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import BEHIND_HORIZON, ENDLESS_HORIZON, Schedules
 from dinoct.stopping import interruptible
 from dinoct.tracking import Tracker, build_tracker
+from dinoct.turnback import turn_back
 from dinoct.validate import EIGHT_BIT
 
 RANK_SEEDS = 1_000_003  # between two ranks' generators
@@ -273,8 +274,23 @@ def _check_before(
     size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
     if plan.resumes_in_place:
-        for path in checkpoints.set_aside(folder.path, checkpoint.path, checkpoint.step):
+        moved = turn_back(folder.path, checkpoint.path, checkpoint.step)
+        for path in moved:
             log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
+        if not moved and (lost := _lost_changes(plan, folder)):
+            log.warning(
+                "the last start from step %d ended before a checkpoint, so that these are not set, type them again: %s",
+                checkpoint.step, ", ".join(lost),
+            )  # fmt: skip
+
+
+def _lost_changes(plan: RunPlan, folder: RunFolder) -> list[str]:
+    """Settings that were changed when the run last went on from this very step, and are not changed now."""
+    last = (folder.read_config().get("history") or [{}])[-1]
+    if last.get("from_step") != plan.checkpoint.step:
+        return []
+    now = {change.split(":")[0] for change in plan.changes}
+    return [change for change in last.get("changes", []) if change.split(":")[0] not in now]
 
 
 def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:

@@ -3,7 +3,6 @@
 A checkpoint that falls due is written by a thread, from a copy in the host's memory, while training goes on.
 """
 
-import os
 import shutil
 import time
 from copy import deepcopy
@@ -21,6 +20,7 @@ from dinoct.console import log
 from dinoct.errors import CheckpointError
 from dinoct.faults import is_out_of_memory
 from dinoct.parallel import Parallel
+from dinoct.stopping import deaf_to_children
 
 HEADROOM = 1.05
 SPARE = 2e9  # bytes of the host's memory that a copy of the state leaves free
@@ -36,18 +36,15 @@ class Saver:
         self.folder, self.cfg, self.parallel = folder, cfg, parallel or Parallel()
         self.writes = self.parallel.leads
         self.saved: Path | None = None  # the newest ``checkpoint_{step}.pth`` that was read back
-        self.owes = False  # a regular checkpoint of the step that the run goes on from
         self._written = Event()  # what `save_behind` began
         self._written.set()
         self._alarms: list[Path] = []
 
     def resume(self, path: Path, step: int) -> None:
-        """The run goes on from a checkpoint: in its own folder a regular one need not be written again, and another
-        one (an emergency's, one that was set aside) is owed as a regular one at once."""
+        """The run goes on from a checkpoint: a regular one of its folder need not be written again."""
         here = path.parent.absolute() == self.folder.absolute()
         regular = here and checkpoints.is_regular(path, step)
         self.saved = self.folder / checkpoints.checkpoint_name(step) if regular else None
-        self.owes = here and path.is_file() and not regular
 
     def save(self, state: dict[str, Any], meta: dict[str, Any]) -> Path:
         """Write ``checkpoint_{step}.pth``, verify it, delete what the rotation no longer keeps.
@@ -74,7 +71,8 @@ class Saver:
         else:
             self._written.clear()
             try:  # the interpreter's end waits for a thread
-                Thread(target=self._try_behind, args=args, name="checkpoint").start()
+                with deaf_to_children():  # whose deaths would be told by the same exception
+                    Thread(target=self._try_behind, args=args, name="checkpoint").start()
             except RuntimeError:  # there is none to be had
                 self._try_behind(*args)
 
@@ -109,6 +107,14 @@ class Saver:
         """Keep the state as ``checkpoint_best_{step}.pth`` in place of the older best; a failure is reported."""
         self.wait()
         self._try(state, meta, False, True)
+
+    def name_final(self) -> Path:
+        """Give the newest checkpoint, which is the run's last, its second name; a failure is reported."""
+        try:
+            return checkpoints.link_final(self.saved)
+        except CheckpointError as error:
+            log.warning("the last checkpoint keeps one name: %s", error)
+            return self.saved
 
     def emergency(self, state: dict[str, Any], meta: dict[str, Any], *, leaving: int = 0) -> Path | None:
         """Write ``emergency_{step}.pth``, outside the rotation; never raises: something went wrong already.
@@ -176,7 +182,9 @@ class Saver:
             return
         regular = self.folder / checkpoints.checkpoint_name(meta["step"])
         best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
-        if not _linked(regular, best):
+        if regular.is_file():
+            checkpoints.link(regular, best)
+        else:
             checkpoints.verify(self._write(best.name, state, meta))
         for older in self.folder.glob("checkpoint_best_*.pth"):
             if older != best:
@@ -190,17 +198,6 @@ class Saver:
         size = checkpoints.save(path, state, meta)
         log.info("saved %s (%.1f MB, %.1f s)", name, size / 1e6, time.perf_counter() - start)
         return path
-
-
-def _linked(path: Path, second: Path) -> bool:
-    """Give a file a second name that outlives the first; False where it is not there, or cannot be linked."""
-    try:
-        os.link(path, second)
-    except FileExistsError:
-        return True  # of this step, by a run that was killed right behind it
-    except OSError:
-        return False
-    return True
 
 
 def has_room(needed: int, room: Space | None) -> bool:

@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is refused; what it holds is data and never code."""
 
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import torch
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import find_latest, link_final, list_checkpoints, load, rotate, save
 from dinoct.errors import CheckpointError
+from dinoct.turnback import turn_back
 
 STATE = {"model": {"w": torch.arange(4096, dtype=torch.float32)}, "optimizer": {"w": {"step": torch.tensor(3.0)}}}
 
@@ -120,6 +122,15 @@ def test_the_final_checkpoint_is_a_link(tmp_path):
     assert list_checkpoints(tmp_path) == [path]
 
 
+def test_where_there_are_no_hard_links_the_final_checkpoint_is_a_copy(tmp_path, monkeypatch):
+    """As on a disk with exFAT, which has no symbolic ones either."""
+    for name in ("link", "symlink"):
+        monkeypatch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+    final = link_final(write(tmp_path, 384))
+    assert load(final).step == 384
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000384.pth", final.name]
+
+
 def test_latest_skips_broken_files_and_names_them(tmp_path):
     old, new = tmp_path / "a", tmp_path / "b"
     for folder in (old, new):
@@ -150,9 +161,52 @@ def test_going_on_from_the_best_encoder_keeps_it(tmp_path, monkeypatch):
         (tmp_path / name).write_text(name)
     best = Path("checkpoint_best_00000004.pth")  # as it was typed, and not as the folder has it
     best.write_text("another branch")
-    checkpoints.set_aside(tmp_path, best, 4)
-    names = {"abandoned_00000004.pth", "abandoned_00000006.pth", "checkpoint_00000002.pth", best.name}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    turn_back(tmp_path, best, 4)
+    assert contents(tmp_path) == {
+        "abandoned_00000004.pth": "checkpoint_00000004.pth",
+        "abandoned_00000006.pth": "checkpoint_00000006.pth",
+        "checkpoint_00000002.pth": "checkpoint_00000002.pth",
+        "checkpoint_00000004.pth": "another branch",  # at once: a kill must not send the run elsewhere
+        best.name: "another branch",
+    }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+@pytest.mark.parametrize("name", ["abandoned_00000004", "abandoned_best_00000004", "abandoned_final_00000004"])
+def test_nothing_is_lost_by_going_on_from_what_was_set_aside(tmp_path, monkeypatch, name, hard_links):
+    """Line B stands in the folder, and has files of the names that line A's would take."""
+    if not hard_links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links")))
+    left = ["checkpoint_00000004.pth", "checkpoint_best_00000004.pth", "checkpoint_final_00000004.pth"]
+    left += ["checkpoint_00000005.pth", "checkpoint_best_00000005.pth"]  # of two best a kill left the older
+    for each in left:
+        (tmp_path / each).write_text(f"B {each}")
+    (tmp_path / f"{name}.pth").write_text("A")
+    moved = turn_back(tmp_path, tmp_path / f"{name}.pth", 4)
+    found = contents(tmp_path)
+    assert found[f"{name}.pth"] == found["checkpoint_00000004.pth"] == "A"
+    assert sorted(found[path.name] for path in moved) == sorted(f"B {each}" for each in left)
+    assert len(found) == len(moved) + 2
+    assert turn_back(tmp_path, tmp_path / "checkpoint_00000004.pth", 4) == []
+
+
+def test_the_only_file_of_a_step_is_not_deleted_for_being_called_final(tmp_path):
+    """The regular one was rotated away when the run went on."""
+    (tmp_path / "checkpoint_final_00000004.pth").write_text("A 4")
+    for step in (2, 3, 6):
+        (tmp_path / checkpoints.checkpoint_name(step)).write_text(f"A {step}")
+    os.link(tmp_path / "checkpoint_00000006.pth", tmp_path / "checkpoint_final_00000006.pth")
+    turn_back(tmp_path, tmp_path / "checkpoint_00000003.pth", 3)
+    assert contents(tmp_path) == {
+        "checkpoint_00000002.pth": "A 2",
+        "checkpoint_00000003.pth": "A 3",
+        "abandoned_final_00000004.pth": "A 4",
+        "abandoned_00000006.pth": "A 6",
+    }
 
 
 def test_what_a_kill_left_of_a_save_is_swept_away(tmp_path):

@@ -30,6 +30,7 @@ from commands import REPOSITORY, TINY, run
         (["aug=spatial"], ["Could not find 'aug/spatial'", "intensity_only multicrop spatial_strong\n"]),
         (["+optim.lrr=1"], ["there is no setting optim.lrr", "did you mean optim.lr"]),
         (["optim.lr=abc"], ["optim.lr=abc: it must be a number"]),
+        (["optim.lr=''"], ["optim.lr='': it must be a number"]),
         (["train.grad_checkpoint=1"], ["train.grad_checkpoint=1: Value '1' of type 'int' is none of: bool, str"]),
         (["loss.gram=null"], ["loss.gram=null", "not Optional"]),
         (["hardware.batch_size=0"], ["hardware.batch_size must be at least 1, not 0"]),

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from commands import TINY, run
 from dinoct.config import ProbeConfig
 from dinoct.data.dataset import read_slice
 from dinoct.data.index import SliceIndex
-from dinoct.data.masks import MaskStore, write_masks
+from dinoct.data.masks import MaskError, MaskStore, write_masks
+from dinoct.data.privacy import locked
 from dinoct.data.store import SliceStore
 from dinoct.data.views import ViewSpec, sample_view
 from dinoct.errors import ConfigError, DinoctError
@@ -208,6 +210,62 @@ def test_a_series_may_have_a_file_of_masks_per_slice(masked_root, tmp_path):
             piece.unlink()
     index = SliceIndex.load(copy / "_index" / "index.csv")
     assert known == len(files) == len(MaskStore(folder).rows_with_mask(index))
+
+
+def test_a_mask_of_another_shape_is_refused_and_nothing_is_written(masked_root, tmp_path):
+    (source,) = list((masked_root / "dicom").rglob("*.npz"))[:1]
+    copy = tmp_path / "root"
+    shutil.copytree(masked_root, copy)
+    before = {path.name: path.read_bytes() for path in write_masks(source.parent, copy)[0].glob("*")}
+    odd = source.with_name("0.npz")
+    np.savez(odd, files=np.load(source)["files"][:1], mask=np.ones((1, 4, 5)))
+    try:
+        with pytest.raises(DinoctError, match=r"number 1 is \[1, 4, 5\], and a slice that it names is \d+ x \d+"):
+            write_masks(source.parent, copy)
+    finally:
+        odd.unlink()
+    assert {path.name: path.read_bytes() for path in (copy / "_masks").glob("*")} == before
+
+
+def damage(path: Path) -> None:
+    """Other bytes in the compressed masks, so that they cannot be unpacked."""
+    with zipfile.ZipFile(path) as container:
+        start = container.getinfo("mask.npy").header_offset + 70
+    content = bytearray(path.read_bytes())
+    content[start : start + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+def test_damaged_masks_are_replaced_or_named(masked_root, tmp_path):
+    copy = tmp_path / "root"
+    shutil.copytree(masked_root, copy)
+    folder, known, _ = write_masks(masked_root / "dicom", copy)
+    index = SliceIndex.load(copy / "_index" / "index.csv")
+    for path in folder.glob("*"):
+        damage(path)
+    with pytest.raises(MaskError, match="is no file of masks"):
+        MaskStore(folder).rows_with_mask(index)
+    write_masks(masked_root / "dicom", copy)
+    assert len(MaskStore(folder).rows_with_mask(index)) == known
+
+    source = tmp_path / "in" / "x.npz"
+    source.parent.mkdir()
+    files = ["a", "b"]
+    for write in (
+        lambda: source.write_bytes(b""),
+        lambda: np.savez(source, files="a", mask=np.ones((1, 4, 4))),
+        lambda: source.write_bytes(source.with_suffix(".npy").read_bytes()),
+        lambda: (np.savez_compressed(source, files=files, mask=np.ones((2, 64, 64))), damage(source)),
+    ):
+        np.save(source.with_suffix(".npy"), np.ones(3))
+        write()
+        with pytest.raises(DinoctError, match="number 1 has no `mask`"):
+            write_masks(source.parent, copy)
+
+
+def test_masks_wait_for_no_other_prepare(masked_root):
+    with locked(masked_root), pytest.raises(DinoctError, match="another prepare is at work"):
+        write_masks(masked_root / "dicom", masked_root)
 
 
 def test_masks_of_an_earlier_format_say_what_to_do(masked_root, tmp_path):

@@ -481,6 +481,32 @@ def test_without_a_thread_to_be_had_training_waits_too(tmp_path, monkeypatch):
     assert saver.saved_step() == 1
 
 
+def test_a_loader_worker_that_dies_when_a_write_begins_is_not_taken_for_a_thread_that_is_not_to_be_had(
+    tmp_path, monkeypatch
+):
+    """torch tells its death by a RuntimeError, from its SIGCHLD handler: two writers would share one temporary file."""
+    start, writers = threading.Thread.start, []
+
+    def interrupted(self):
+        start(self)
+        os.kill(os.getpid(), signal.SIGCHLD)
+
+    def died(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    write = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *args: writers.append(threading.current_thread()) or write(*args))
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    before = signal.signal(signal.SIGCHLD, died)
+    try:
+        saver = Saver(tmp_path, CkptConfig())
+        saver.save_behind({"w": torch.ones(4)}, {"step": 1})
+        assert saver.saved_step() == 1
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert [thread.name for thread in writers] == ["checkpoint"]
+
+
 def test_without_memory_for_a_copy_training_waits_for_the_checkpoint(
     phantom_root, workplace, whole, capfd, monkeypatch
 ):

@@ -426,6 +426,42 @@ def test_going_on_from_what_was_set_aside_leaves_the_other_branch(phantom_root, 
     assert (folder / "checkpoint_00000004.pth").stat().st_ino == stamp
 
 
+def test_a_start_that_ends_before_its_first_checkpoint_turns_back_all_the_same(
+    phantom_root, workplace, monkeypatch, capfd
+):
+    """As a kill does while W&B is asked; what was typed for it is in no checkpoint, and is named."""
+    from dinoct import run as module
+
+    folder, here = workplace / "r", ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, folder, "train.max_steps=4", "ckpt.every=1", "ckpt.keep_last=9") == 0
+    turned = [f"resume={folder / 'checkpoint_00000002.pth'}", "optim.lr=0.1", "train.max_steps=4"]
+    assert run("train", *turned, *here) == 0
+    first = checkpoints.load(folder / "abandoned_00000004.pth").state["model"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "build_tracker", lambda *_, **__: (_ for _ in ()).throw(OSError("W&B is away")))
+        again = [f"resume={folder / 'abandoned_00000004.pth'}", "optim.lr=0.003"]
+        assert run("train", *again, *here) == 1
+    capfd.readouterr()
+    assert run("train", "resume=auto", f"run_dir={folder}", "train.max_steps=4", *here) == 0
+    assert "type them again: optim.lr: 0.002 -> 0.003" in " ".join(capfd.readouterr().out.split())
+    found = checkpoints.load(folder / "checkpoint_00000004.pth").state["model"]
+    assert all(torch.equal(first[name], found[name]) for name in first)
+    assert {"abandoned_00000003.pth", "abandoned_00000004x.pth"} <= {path.name for path in folder.glob("*.pth")}
+
+
+def test_a_folder_without_a_regular_checkpoint_names_the_others(workplace, capfd):
+    (workplace / "r").mkdir()
+    (workplace / "r" / "config.json").write_text("{}")
+    for name in ("abandoned_00000009.pth", "emergency_00000001.pth", "emergency_00000007.pth"):
+        (workplace / "r" / name).touch()
+    assert run("train", "resume=r") == 1
+    says = "no usable checkpoint in r; there is emergency_00000007.pth, which is resumed by name"
+    assert says in capfd.readouterr().err
+    (workplace / "r" / "abandoned_sharded_00000004x").mkdir()
+    assert run("train", "resume=r/abandoned_sharded_00000004x") == 1
+    assert "are resumed as sharded_00000004: rename the folder" in capfd.readouterr().err
+
+
 def test_auto_means_the_newest_run_and_says_so_when_it_has_nothing(phantom_root, workplace, capfd):
     runs = workplace / "outputs" / "runs"
     assert train(phantom_root, runs / "20260101_000000", "train.max_steps=1") == 0

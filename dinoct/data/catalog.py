@@ -196,6 +196,12 @@ class Catalog:
                 if store_files.get(name) != size:
                     self.db.execute("DELETE FROM groups WHERE grp = ?", (group,))
 
+    def slice_of(self, path: bytes) -> tuple[str, str, tuple[int, int]] | None:
+        """Series, slice_id and (rows, cols) of the slice in a file that holds one; the first of several."""
+        query = "SELECT series, slice_id, cells FROM slices JOIN files USING (file_id) WHERE path = ? ORDER BY frame"
+        found = self.one(query, path)
+        return found and (found[0], found[1], tuple(json.loads(found[2])[1:3]))
+
     def series_names(self) -> set[str]:
         return {name for (name,) in self.db.execute("SELECT name FROM series")}
 

@@ -7,18 +7,34 @@ when a series grows. Keys are hashes, so the masks name nobody.
 import os
 import tempfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dinoct.data.catalog import Catalog
 from dinoct.data.index import TEMPORARY, SliceIndex
+from dinoct.data.privacy import locked
 from dinoct.data.store import MASKS
 from dinoct.data.views import letterbox
 from dinoct.errors import DinoctError
+
+# What numpy raises for a file that is cut, damaged, or something else.
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the mask of a slice is among the files that were found."""
+
+    series: str
+    slice_id: str
+    number: int  # of the file
+    position: int  # in the file
 
 
 def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
@@ -30,7 +46,8 @@ def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
     Returns:
         The folder, the number of slices with a mask, and the number of those that are not in the data set.
     Raises:
-        DinoctError: no such files, or none of their slices in the data set.
+        DinoctError: no such files, none of their slices in the data set, a mask of another shape than its slice
+            (nothing is written then), or another process at work on the root.
     """
     root, source = Path(root), Path(source)
     database = root / "_private" / "catalog.sqlite"
@@ -39,34 +56,43 @@ def write_masks(source: Path, root: Path) -> tuple[Path, int, int]:
     found = [path for path in sorted(source.rglob("*.npz")) if path.is_file()]
     if not found:
         raise DinoctError("masks: there is no .npz under the folder that was given")
+    with locked(root):
+        known, strange = _places(found, database)
+        if not known:
+            raise DinoctError(f"masks: none of the {strange} slices of {len(found)} files is in {root}")
+        series: dict[str, list[_Place]] = defaultdict(list)
+        for place in known.values():
+            series[place.series].append(place)
+        stacks = _Stacks(found)
+        for name, places in series.items():  # once per series, however many files it has; in the files' order
+            _add(root / MASKS / f"{name}.npz", stacks, places)
+    return root / MASKS, len(known), strange
+
+
+def _places(found: Sequence[Path], database: Path) -> tuple[dict[str, _Place], int]:
+    """By slice_id, where the mask of a slice is, the last file's where several have it; and how many slices are not
+    known."""
     catalog = Catalog(database)
+    known: dict[str, _Place] = {}
+    strange = 0
     try:
-        known, strange = _places(found, catalog)
+        for number, path in enumerate(found):
+            with _opened(path, number) as content:
+                names, shape = [str(name) for name in content["files"]], _shape(content)
+                if len(shape) != 3 or shape[0] != len(names):
+                    raise ValueError
+            for i, name in enumerate(names):
+                slices = catalog.slice_of(os.fsencode(os.path.realpath(path.parent / name)))
+                strange += slices is None
+                if slices is None:
+                    continue
+                series, slice_id, own = slices
+                if own != shape[1:]:
+                    sizes = f"[{shape[0]}, {shape[1]}, {shape[2]}], and a slice that it names is {own[0]} x {own[1]}"
+                    raise DinoctError(f"masks: `mask` of .npz number {number + 1} is {sizes}")
+                known[slice_id] = _Place(series, slice_id, number, i)
     finally:
         catalog.close()
-    if not known:
-        raise DinoctError(f"masks: none of the {strange} slices of {len(found)} files is in {root}")
-    for series, places in known.items():  # once per series, however many files it has
-        _add(root / MASKS / f"{series}.npz", found, places)
-    return root / MASKS, sum(map(len, known.values())), strange
-
-
-def _places(found: Sequence[Path], catalog: Catalog) -> tuple[dict[str, dict[str, tuple[int, int]]], int]:
-    """By series and slice_id: which of the files `found` has the mask, and where; and how many slices are not known."""
-    query = "SELECT s.series, s.slice_id FROM slices s JOIN files f USING (file_id) WHERE f.path = ?"
-    known: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
-    strange = 0
-    for number, path in enumerate(found):
-        with _opened(path, number) as content:
-            names, shape = [str(name) for name in content["files"]], content["mask"].shape
-            if len(shape) != 3 or shape[0] != len(names):
-                raise ValueError
-        for i, name in enumerate(names):
-            place = os.fsencode(os.path.realpath(path.parent / name))
-            slices = catalog.db.execute(query, (place,)).fetchone()
-            if slices:
-                known[slices[0]][slices[1]] = (number, i)
-            strange += slices is None
     return known, strange
 
 
@@ -76,21 +102,40 @@ def _opened(path: Path, number: int) -> Iterator[np.lib.npyio.NpzFile]:
     try:
         with np.load(path, allow_pickle=False) as content:
             yield content
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except _UNREADABLE:
         raise DinoctError(f"masks: .npz number {number + 1} has no `mask` [n, H, W] with `files` [n]") from None
 
 
-def _add(path: Path, found: Sequence[Path], places: dict[str, tuple[int, int]]) -> None:
+def _shape(content: np.lib.npyio.NpzFile) -> tuple[int, ...]:
+    """Shape of `mask`, which need not be unpacked for it."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with content.zip.open("mask.npy") as file:
+        return read[np.lib.format.read_magic(file)](file)[0]
+
+
+class _Stacks:
+    """The masks of the files that were found; the file read last stays in memory, for it may serve many series."""
+
+    def __init__(self, found: Sequence[Path]):
+        self._found = found
+        self._last: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def read(self, place: _Place) -> np.ndarray:
+        if self._last[0] != place.number:
+            with _opened(self._found[place.number], place.number) as content:
+                self._last = (place.number, content["mask"])
+        return (self._last[1][place.position] != 0).astype(np.uint8)
+
+
+def _add(path: Path, stacks: _Stacks, places: Sequence[_Place]) -> None:
     """Write the masks of a series, beside those that it has of other slices."""
+    new = {place.slice_id: stacks.read(place) for place in sorted(places, key=lambda place: place.number)}
     masks: dict[str, np.ndarray] = {}
     with suppress(MaskError):  # of an earlier format, or damaged: these take their place
         masks = _load(path) if path.is_file() else {}
-    for number in sorted({number for number, _ in places.values()}):
-        with _opened(found[number], number) as content:
-            stack = content["mask"]
-            masks |= {key: (stack[i] != 0).astype(np.uint8) for key, (n, i) in places.items() if n == number}
-    shape = masks[next(iter(places))].shape
-    keys = sorted(key for key, mask in masks.items() if mask.shape == shape)
+    shape = next(iter(new.values())).shape
+    masks = {key: mask for key, mask in masks.items() if mask.shape == shape} | new
+    keys = sorted(masks)
     _write(path, slice_id=np.array(keys), mask=np.stack([masks[key] for key in keys]))
 
 
@@ -145,5 +190,5 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             if "slice_id" not in content:
                 raise MaskError(f"the masks in {path.parent} are of an earlier format: run dinoct-prepare masks= again")
             return dict(zip(content["slice_id"].tolist(), content["mask"], strict=True))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise MaskError(f"{path} is no file of masks ({type(error).__name__})") from None

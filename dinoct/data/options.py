@@ -41,8 +41,8 @@ class PrepareOptions:
             raise PrepareError(f"prepare.workers must be at least 0, not {self.workers}")
         if not 0 <= self.max_reject_fraction <= 1:
             raise PrepareError(f"prepare.max_reject_fraction lies between 0 and 1, not {self.max_reject_fraction}")
-        if self.file_timeout_s <= 0:
-            raise PrepareError(f"prepare.file_timeout_s must be above 0, not {self.file_timeout_s}")
+        if not 0 < self.file_timeout_s <= 86_400:  # NaN is not either
+            raise PrepareError(f"prepare.file_timeout_s lies above 0 and is at most a day, not {self.file_timeout_s}")
         if self.memory_mb <= 0:
             raise PrepareError(f"the memory limit of a file must be above 0, not {self.memory_mb}")
         if not 0 < self.val_fraction < 1:

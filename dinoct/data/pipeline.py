@@ -6,7 +6,6 @@ Only what is new since the last run is read. Headers are read once and kept in t
 written slice by slice, so memory does not grow with the number of files. A run may end at any moment; the next goes on.
 """
 
-import fcntl
 import os
 import sqlite3
 import time
@@ -22,7 +21,7 @@ from dinoct.data.files import FileRef
 from dinoct.data.groups import SeriesStage
 from dinoct.data.index import SliceIndex, sweep_temporary
 from dinoct.data.options import NoSplit, PrepareError, PrepareOptions, PrepareReport, Progress
-from dinoct.data.privacy import Hasher, load_or_create_salt, private_folder
+from dinoct.data.privacy import Hasher, load_or_create_salt, locked, private_folder
 from dinoct.data.publish import Tables, decide_split, explain, publish, publish_split
 from dinoct.data.store import MASKS, has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
@@ -103,13 +102,8 @@ def prepare_dataset(
 @contextmanager
 def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], None]) -> Iterator[_Run]:
     """Lock the root, start the workers, and end all of it whatever happens."""
-    private = private_folder(root)
-    store = root / "store"
-    with open(private / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, even after kill -9
-        except BlockingIOError:
-            raise PrepareError(f"another prepare is at work on {root}") from None
+    private, store = private_folder(root), root / "store"
+    with locked(root):
         store.mkdir(exist_ok=True)
         for name in _OWN_FOLDERS:
             sweep_temporary(root / name)

@@ -5,10 +5,13 @@ to paths live in `ROOT/_private`, which only the owner can read. Without the sal
 guessed PatientID, which a plain hash would allow (there are few possible medical record numbers).
 """
 
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dinoct.errors import DinoctError
@@ -25,6 +28,17 @@ def private_folder(root: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Keep other processes from writing into `root`. Raises DinoctError where one is at it."""
+    with open(private_folder(root) / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, even after kill -9
+        except BlockingIOError:
+            raise DinoctError(f"another prepare is at work on {root}") from None
+        yield
 
 
 def load_or_create_salt(root: Path) -> bytes:

@@ -489,6 +489,8 @@ def test_validation_patients_by_raw_id_or_by_key(source, root):
         ({"workers": 0, "max_reject_fraction": 2}, "max_reject_fraction"),
         ({"workers": 0, "hu_min": 100, "hu_max": 0}, "clipped"),
         ({"workers": 0, "file_timeout_s": 0}, "prepare.file_timeout_s"),
+        ({"workers": 0, "file_timeout_s": float("nan")}, "prepare.file_timeout_s"),
+        ({"workers": 0, "file_timeout_s": float("inf")}, "prepare.file_timeout_s"),
         ({"workers": 0, "val_fraction": 0}, "split.val_fraction"),
     ],
 )

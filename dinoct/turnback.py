@@ -1,0 +1,64 @@
+"""Going on from a checkpoint that is not the newest of its run folder: what comes later is kept under another name.
+
+The files of a run folder that are called ``checkpoint_*`` or ``sharded_*`` are those of one line of training, whose
+newest is what ``resume=auto`` goes on from. Those of a line that was left are called ``abandoned_*``.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from dinoct import checkpoint as checkpoints
+from dinoct.errors import CheckpointError
+
+_IN_LINE = re.compile(r"checkpoint(_best|_final)?_(\d{8})\.pth|sharded_(\d{8})")
+
+
+def turn_back(folder: Path, going_on: Path, step: int) -> list[Path]:
+    """Make a checkpoint the newest of its run folder; returns the new paths of those that were set aside for it.
+
+    They are those of later steps, and where that file is not its line's ``checkpoint_{step}.pth`` (it is an
+    emergency's, one that was set aside, shares), those of the same step too. The file keeps its name and gets the
+    regular one beside it, so that a kill from here on leaves a folder that goes on from there.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    regular = checkpoints.is_regular(going_on, step)
+    left = [path for path in folder.iterdir() if _step(path) >= (step + 1 if regular else step)]
+    moved = []
+    try:
+        for path in sorted(left, key=lambda path: ("_final_" not in path.name, -_step(path))):
+            if _same(path, going_on):
+                continue
+            if "_final_" in path.name and (checkpoints.is_regular(path, _step(path)) or not path.exists()):
+                path.unlink()  # a second name of one that is set aside by its first
+            else:
+                moved.append(_set_aside(path))
+        if not regular and going_on.is_file():
+            checkpoints.link(going_on, folder / checkpoints.checkpoint_name(step))
+    except OSError as error:
+        raise CheckpointError(f"cannot set aside the later checkpoints of {folder}: {error.strerror}") from error
+    return moved
+
+
+def aside(folder: Path) -> list[Path]:
+    """Checkpoints that ``resume=FOLDER`` does not look at: emergencies', and those of lines that were left."""
+    return sorted([*folder.glob("emergency_*.pth"), *folder.glob("abandoned_*.pth")])
+
+
+def _step(path: Path) -> int:
+    found = _IN_LINE.fullmatch(path.name)
+    return int(found[2] or found[3]) if found else -1
+
+
+def _same(path: Path, other: Path) -> bool:
+    return path.exists() and path.samefile(other)
+
+
+def _set_aside(path: Path) -> Path:
+    target = path.with_name(f"abandoned_{path.name.removeprefix('checkpoint_')}")
+    while target.exists():  # of an earlier turn back
+        target = target.with_name(f"{target.stem}x{target.suffix}")
+    os.replace(path, target)
+    return target
