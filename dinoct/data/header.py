@@ -11,11 +11,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pydicom.dataset import Dataset
+from pydicom.valuerep import AMBIGUOUS_VR, STANDARD_VR
 
 from dinoct.data.tags import FRAME_MACROS, PHASE_TAGS, TAGS
 
 # PS3.3 C.11.1.1.2: defined terms that are not Hounsfield units.
 _NOT_HU = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}
+_VRS = STANDARD_VR | AMBIGUOUS_VR | {None}  # None: implicit
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MIN_SIDE, MAX_SIDE = 32, 4096
 MAX_FRAMES = 10_000
@@ -65,6 +67,8 @@ def raw(ds: Dataset, name: str) -> bytes:
     element = ds.get_item(TAGS[name])
     if element is None or element.value is None:
         return b""
+    if element.VR not in _VRS:
+        raise Refused(f"{name} is damaged: its value representation is none of DICOM's")
     value = element.value
     if not isinstance(value, bytes):
         raise Refused(f"{name} has an unexpected form")

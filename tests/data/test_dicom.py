@@ -272,6 +272,15 @@ def test_numbers_that_python_or_a_spreadsheet_would_swallow(tmp_path, value, exp
     assert reason(path) == expected
 
 
+def test_a_damaged_value_representation_is_refused(tmp_path):
+    """The value is whole, but two bytes beside it are not: pydicom cannot read it either (found by test_fuzz.py)."""
+    path = write_slice(tmp_path / "a")
+    data = path.read_bytes()
+    assert data.count(b"CS\x0c\x00MONOCHROME2 ") == 1
+    path.write_bytes(data.replace(b"CS\x0c\x00MONOCHROME2 ", b"C\x00\x0c\x00MONOCHROME2 "))
+    assert reason(path) == "PhotometricInterpretation is damaged: its value representation is none of DICOM's"
+
+
 def test_gantry_tilt_is_still_axial(tmp_path):
     tilted = [1, 0, 0, 0, float(np.cos(np.radians(25))), float(-np.sin(np.radians(25)))]
     assert len(read_headers(str(write_slice(tmp_path / "a", ImageOrientationPatient=tilted)))) == 1
