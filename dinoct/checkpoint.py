@@ -24,17 +24,30 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dinoct.checksum import file_crc32
 from dinoct.errors import CheckpointError, DinoctError
 
 FORMAT = 2
-NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK)
+# What zipfile raises for a file that is none of torch's, cut or damaged.
+_NO_CONTAINER = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+)
+# The machine's fault, and not the file's.
+_NOT_NOW = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
 _OBJECTS = "it holds Python objects, which could run anything: save its tensors alone, as .safetensors"
 _NAME = re.compile(r"checkpoint_(\d{8})\.pth")
 
@@ -93,6 +106,9 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing for folders
+            raise
     finally:
         os.close(handle)
 
@@ -108,7 +124,9 @@ def verify(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as container:
             broken = container.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except _NO_CONTAINER as error:
+        if getattr(error, "errno", None) in _NOT_NOW:
+            raise DinoctError(f"{path} cannot be read now ({error.strerror}); it may be whole") from error
         raise CheckpointError(f"{path} is not a dinoct checkpoint, or is cut or damaged ({error})") from error
     if broken:
         raise CheckpointError(f"{path} is damaged: the checksum of {broken} is wrong; take an earlier checkpoint")
@@ -198,25 +216,23 @@ def doomed(steps: Iterable[int], *, keep_last: int, keep_every: int | None) -> l
     return gone
 
 
-def link(path: Path, second: Path) -> None:
-    """Give a file a second name that outlives the first, in place of what has that name.
+@contextmanager
+def linked(path: Path, second: Path) -> Iterator[None]:
+    """Give a file a second name that outlives the first, in place of what has that name: behind the block, for which it
+    is made ready.
 
     A hard link, or a copy where the file system has none.
 
     Raises:
-        CheckpointError: if the disk refuses; nothing has changed then.
+        CheckpointError: if the disk refuses.
     """
     temporary = second.with_name(f".{second.name}.tmp-{os.getpid()}")
     try:
         try:
             os.link(path.resolve(), temporary)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            with open(path, "rb") as source, open(temporary, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 24)
-                target.flush()
-                os.fsync(target.fileno())
+        except OSError:  # each file system says it in its own way
+            _copy(path, temporary)
+        yield
         os.replace(temporary, second)
         sync_folder(second.parent)
     except OSError as error:
@@ -225,11 +241,36 @@ def link(path: Path, second: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _copy(path: Path, target: Path) -> None:
+    with open(path, "rb") as source, open(target, "wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 24)
+        copy.flush()
+        os.fsync(copy.fileno())
+    if file_crc32(target) != file_crc32(path):
+        raise OSError(errno.EIO, "what was written reads back otherwise")
+
+
+def same_state(path: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, by their checksums; their meta may differ."""
+    if path.samefile(other):
+        return True
+    try:
+        return _tensors(path) == _tensors(other)
+    except _NO_CONTAINER:
+        return False
+
+
+def _tensors(path: Path) -> list[tuple[str, int]]:
+    with zipfile.ZipFile(path) as container:
+        records = ((info.filename.partition("/")[2], info.CRC) for info in container.infolist())
+        return sorted(record for record in records if record[0].startswith("data/"))
+
+
 def link_final(path: Path) -> Path:
     """Give the last checkpoint its second name."""
     final = path.with_name(f"checkpoint_final_{step_of(path):08d}.pth")
-    link(path, final)
-    return final
+    with linked(path, final):
+        return final
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -237,21 +278,27 @@ def best_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint_best_*.pth"), default=None)
 
 
-def find_latest(folders: Iterable[Path]) -> tuple[Checkpoint | None, list[str]]:
+def later_than(folder: Path, step: int) -> list[tuple[int, int, Path]]:
+    """(step, 1 for a file and 0 for shares, path) of a folder's regular checkpoints behind a step, the newest first."""
+    from dinoct import shards
+
+    found = [(step_of(path), 1, path) for path in list_checkpoints(folder)]
+    found += [(shards.step_of(path), 0, path) for path in shards.list_sharded(folder)]
+    return sorted((entry for entry in found if entry[0] > step), reverse=True)
+
+
+def find_latest(folders: Iterable[Path], *, behind: int = -1) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, of the first folder that has one.
 
     Args:
         folders: run folders, newest first.
+        behind: steps up to this one do not count.
     Returns:
         The checkpoint (``None`` where there is none), and a warning for each broken file that was passed over.
     """
-    from dinoct import shards
-
     warnings = []
     for folder in folders:
-        found = [(step_of(path), 1, path) for path in list_checkpoints(folder)]
-        found += [(shards.step_of(path), 0, path) for path in shards.list_sharded(folder)]
-        for _, _, path in sorted(found, reverse=True):
+        for _, _, path in later_than(folder, behind):
             try:
                 return load(path), warnings
             except CheckpointError as error:

@@ -80,6 +80,7 @@ def run_command(
     try:
         refuse_what_hydra_cannot_parse(sys.argv[1:])
         refuse_unknown_additions(sys.argv[1:], schema)
+        refuse_empty_values(sys.argv[1:], schema)
         before(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="pkg://dinoct.conf", config_name=config_name)(remember)()
     except Exception as error:
@@ -144,6 +145,19 @@ def refuse_what_hydra_cannot_parse(arguments: Sequence[str]) -> None:
             f"{reason}. Settings are KEY=VALUE without dashes, and flags such as -m stand before them; "
             "the older flags work with scripts/phase5_*.py"
         ) from None
+
+
+def refuse_empty_values(arguments: Sequence[str], schema: type) -> None:
+    """``run_dir=`` is what a shell makes of an unset variable, and as a path it would be the current folder.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    known = {*option_keys(schema), "experiment"}
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if "=" in argument and key in known and not value.strip("'\" "):
+            raise ConfigError(f"{key}= has no value: give one, or {key}=null for none")
 
 
 def refuse_unknown_additions(arguments: Sequence[str], schema: type) -> None:

@@ -75,7 +75,7 @@ class Engine:
         self.hardware, self.train_data, self.meta = hardware, train_data, meta
         self.records = Records(cfg, hardware, horizon=schedules.horizon, tracker=tracker)
         self.saver = Saver(run.path, cfg.ckpt, self.parallel)
-        self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker)
+        self.looks = Looks(cfg, hardware, val_index, train_data, run, tracker, self.parallel)
         self.step = 0
         self.samples_seen = 0
         self._begun = 0  # the step that this process began with
@@ -106,7 +106,7 @@ class Engine:
                     if self.step == self.schedules.horizon and not self._finished():
                         log.warning("%s; resume=auto optim.horizon=N stretches them", BEHIND_HORIZON % self.step)
                     evaluated = self._due(cfg.eval.every)  # by all ranks, though it may fail on some
-                    self._report(scalars, self.looks.judge(teacher, self.step) if evaluated else {})
+                    self._report(scalars, self._judge() if evaluated else {})
                     bar.update(task, completed=self.step)
                     if not self._finished():
                         self._save(regular=self._due(cfg.ckpt.every), best=evaluated and self._improved())
@@ -122,17 +122,26 @@ class Engine:
                     log.debug("ended by the signal", exc_info=True)
                     restore_rng(self._rng())
             batches = None  # end the loader: a worker that dies from here on must not interrupt the save
-            self._settle()
-            self._flush()
-            if self.parallel.led(self.saver.saved_step() != self.step):
-                self.saver.save(self.state_dict(), self._meta())
-            if self._finished() and self._due(cfg.eval.every) and self._improved():
-                self.saver.keep_best(self.state_dict(), self._meta())
+            try:
+                self._end()
+            except DinoctError:
+                raise
+            except Exception as error:  # another rank is lost
+                self._rescue(error)
         if stop.requested:
             log.info("stopped by signal %d at step %d, state saved in %s", stop.signal, self.step, self.saver.saved)
         elif self.parallel.leads:
             log.info("done: step %d, %s", self.step, self.saver.name_final())
         return Result(self.step, stop.exit_status, self.looks.best_rank)
+
+    def _end(self) -> None:
+        """What is left to do behind the last step."""
+        self._settle()
+        self._flush()
+        if self.parallel.led(self.saver.saved_step() != self.step):
+            self.saver.save(self.state_dict(), self._meta())
+        if self._finished() and self._due(self.cfg.eval.every) and self._improved():
+            self.saver.keep_best(self.state_dict(), self._meta())
 
     def update(self, batches: Iterator[CropBatch]) -> Scalars:
         """One optimiser update from `accumulation_steps` micro-batches; returns what the log may want of it."""
@@ -158,12 +167,13 @@ class Engine:
         self.model.gather_sums()  # the last exchange: a rank that is lost behind it has lost nothing
         finite = self._check_finite(means, norm, note)
         skip_on_device(self.optimizer, finite)
-        self.optimizer.step()
-        self.step += 1
-        self.model.end_update(
-            step=self.step, horizon=s.horizon, momentum=momentum, finite=finite if self.guard.deferred else None
-        )
-        self.samples_seen += self.parallel.world * accumulation * self.hardware.batch_size
+        with deaf_to_children():  # all of it moves, or nothing
+            self.optimizer.step()
+            self.step += 1
+            self.model.end_update(
+                step=self.step, horizon=s.horizon, momentum=momentum, finite=finite if self.guard.deferred else None
+            )
+            self.samples_seen += self.parallel.world * accumulation * self.hardware.batch_size
         # ------------------------------------------------------------------------------------------------------------
         return means | {
             "Train/gradient_norm": norm.detach(),
@@ -209,6 +219,13 @@ class Engine:
         if agreed and not stop.requested:  # never taken back: a signal may come while the ranks are asked
             stop.signal = agreed
         return agreed > 0
+
+    def _judge(self) -> dict[str, float]:
+        """View retrieval of the teacher as it is now."""
+        if self.saver.lost_best:  # what counts as the best is what the folder holds
+            self.saver.lost_best = False
+            self.looks.resume()
+        return self.looks.judge(self.model.teacher.backbone, self.step)
 
     def _improved(self) -> bool:
         return self.parallel.led(self.looks.improved)

@@ -120,6 +120,8 @@ def _reason(message: str | dict, code: int) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; resume=auto goes on from the newest checkpoint"
     text = message["message"] if isinstance(message, dict) else message
+    if text.startswith("To enable traceback"):  # it left no word
+        return f"ended with exit status {code}; resume=auto goes on from the newest checkpoint"
     return text.split(": ", 1)[-1]
 
 

@@ -34,10 +34,7 @@ class RunPlan:
     typed: frozenset[str] = frozenset()  # keys on the command line
     warnings: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
-
-    @property
-    def resumes_in_place(self) -> bool:
-        return self.checkpoint is not None and str(self.checkpoint.path.absolute().parent) == self.run_dir
+    resumes_in_place: bool = False  # in the checkpoint's own run folder
 
     def config_dict(self) -> dict[str, Any]:
         return asdict(self.cfg)
@@ -89,8 +86,7 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
                 "run_dir cannot be given in a sweep: its runs would share the folder; use hydra.sweep.dir"
             )
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
-    typed = frozenset(override.lstrip("+").split("=", 1)[0] for override in hydra.overrides.task)
-    plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=typed)
+    plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=_typed(list(hydra.overrides.task)))
     check_parallel(plan)
     if sweep and "SUBMITIT_EXECUTOR" in os.environ:
         _find_job(plan, f"{os.environ['SUBMITIT_EXECUTOR']} {hydra.job.id}")
@@ -103,6 +99,16 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
     if sweep and plan.cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
         plan.cfg.eval.every = plan.cfg.train.max_steps
     return plan
+
+
+def _typed(overrides: list[str]) -> frozenset[str]:
+    keys = {override.lstrip("+").split("=", 1)[0] for override in overrides}
+    for override in overrides:
+        if "={" in override:
+            from dinoct.resume import typed_below
+
+            keys |= set(typed_below(override))
+    return frozenset(keys)
 
 
 def _find_job(plan: RunPlan, job: str) -> None:
@@ -135,4 +141,10 @@ def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> No
     chosen = ("hardware", "parallel", *(group for group in plan.choices if group in plan.typed))
     plan.choices = checkpoint.meta["choices"] | {group: plan.choices[group] for group in chosen}
     plan.checkpoint = checkpoint
-    plan.run_dir = str(Path(plan.run_dir or checkpoint.path.parent).absolute())
+    home = checkpoint.path.absolute().parent
+    if (home / "config.json").is_file():  # else it is no run's: copied to there, perhaps
+        place = Path(plan.run_dir or home)
+        plan.resumes_in_place = place.is_dir() and place.samefile(home)
+        plan.run_dir = str(home if plan.resumes_in_place else place.absolute())
+    if plan.resumes_in_place and checkpoint.path.name.startswith("abandoned_sharded_"):
+        raise ConfigError(f"resume={plan.cfg.resume}: shares that were set aside need another folder: give run_dir=...")

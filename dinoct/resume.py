@@ -47,11 +47,9 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
         CheckpointError: if there is none, or the named file is broken.
     """
     path = Path(resume)
+    path = path.resolve() if path.is_symlink() and path.is_file() else path
     if resume != "auto" and (not path.is_dir() or is_sharded(path)):
         return load(path), []
-    if path.name.startswith("abandoned_sharded_"):
-        name = path.name.removeprefix("abandoned_").rstrip("x")
-        raise CheckpointError(f"resume={resume}: shares that were set aside are resumed as {name}: rename the folder")
     runs = newest_runs()
     folders = [path] if resume != "auto" else [Path(run_dir)] if run_dir else runs[:1]
     found, warnings = find_latest(folders)
@@ -64,6 +62,22 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
             hint = f"; there is {others[-1].name}, which is resumed by name: resume={others[-1]}"
         raise CheckpointError(f"resume={resume}: no usable checkpoint in {place}{skipped}{hint}")
     return found, warnings
+
+
+def refuse_overtaken(resume: str | None, checkpoint: Checkpoint) -> None:
+    """Whether the newest checkpoint of its folder is still the newest, now that no other process trains there.
+
+    Args:
+        resume: as it was typed; None for a job that was started again.
+        checkpoint: that was found.
+    Raises:
+        ConfigError: if one has trained on meanwhile, so that this start would leave what it did.
+    """
+    if resume not in (None, "auto") and (not Path(resume).is_dir() or is_sharded(Path(resume))):
+        return  # a file: it was named
+    found, _ = find_latest([checkpoint.path.parent], behind=checkpoint.step)
+    if found is not None:
+        raise ConfigError(f"another process went on to {found.path} meanwhile: start again, from there")
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -103,7 +117,7 @@ def merge_config(
     now, before = flatten(composed), flatten(defaults)
     for override in overrides:
         key = override.lstrip("+").split("=", 1)[0]
-        if below := _typed_below(override):
+        if below := typed_below(override):
             keys = [name for name in below if name in now]
         elif key in choices:
             if choices[key] == stored_choices.get(key):
@@ -131,7 +145,7 @@ def _without_retired(stored: Mapping[str, Any]) -> DictConfig:
     return kept
 
 
-def _typed_below(override: str) -> list[str]:
+def typed_below(override: str) -> list[str]:
     """The settings that ``train={max_steps:6}`` names, not all that there are under train; none of another override."""
     if "={" not in override:
         return []

@@ -30,6 +30,7 @@ from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import build_optimizer
 from dinoct.parallel import Parallel
 from dinoct.plan import RunPlan
+from dinoct.resume import refuse_overtaken
 from dinoct.rundir import RUNS, RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import BEHIND_HORIZON, ENDLESS_HORIZON, Schedules
@@ -69,6 +70,8 @@ def execute(plan: RunPlan, parallel: Parallel | None = None) -> Outcome:
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place or plan.requeued)
     with folder, run_log(folder.path / "train.log"):
         try:
+            if plan.resumes_in_place:
+                refuse_overtaken(plan.cfg.resume, plan.checkpoint)
             checkpoints.sweep_temporary(folder.path)
             return _train(plan, hardware, data, folder, parallel)
         except (DinoctError, KeyboardInterrupt) as error:
@@ -200,7 +203,10 @@ def _train(plan: RunPlan, hardware: Hardware, data: tuple, folder: RunFolder, pa
     finally:
         engine.saver.wait()  # the folder's lock outlives what is being written in it
         tracker.close()
-    folder.set_state("stopped" if result.exit_status else "done", result.step)
+    try:
+        folder.set_state("stopped" if result.exit_status else "done", result.step)
+    except OSError as error:  # the state is saved, and whoever waits for the exit status is to have it
+        log.warning("config.json still says that the run goes on: %s", error)
     return Outcome(result.exit_status, result.mean_percentile_rank)
 
 
@@ -274,10 +280,10 @@ def _check_before(
     size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
     if plan.resumes_in_place:
-        moved = turn_back(folder.path, checkpoint.path, checkpoint.step)
-        for path in moved:
-            log.warning("later than the checkpoint that this run goes on from, renamed: %s", path.name)
-        if not moved and (lost := _lost_changes(plan, folder)):
+        saved_since = checkpoints.later_than(folder.path, checkpoint.step)
+        for path in turn_back(folder.path, checkpoint.path, checkpoint.step):
+            log.warning("of another branch than the checkpoint that this run goes on from, renamed: %s", path.name)
+        if not saved_since and (lost := _lost_changes(plan, folder)):
             log.warning(
                 "the last start from step %d ended before a checkpoint, so that these are not set, type them again: %s",
                 checkpoint.step, ", ".join(lost),
@@ -334,8 +340,8 @@ def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parame
         "created": before.get("created", now),
         "command": before.get("command", plan.command),
         "state": "running",
-        "sweep": plan.sweep,
-        "job": plan.job,
+        "sweep": plan.sweep or before.get("sweep"),
+        "job": plan.job or before.get("job"),
         "parameters": parameters,
         **{key: meta[key] for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon")},
         "choices": plan.choices,

@@ -29,9 +29,13 @@ class RunFolder:
         if run_dir is None:
             return cls(_fresh_folder(RUNS))
         path = Path(run_dir)
+        kept = any(path.glob("checkpoint_*.pth")) or any(path.glob("sharded_*"))
         if not resumes and (path / "config.json").exists():
+            cure = f"take resume={path} to go on with it" if kept else "it ended before a checkpoint: remove the folder"
+            raise ConfigError(f"run_dir={path} holds a run already: {cure}, or take another run_dir")
+        if not resumes and kept:
             raise ConfigError(
-                f"run_dir={path} holds a run already: take resume={path} to go on with it, or another run_dir"
+                f"run_dir={path} holds checkpoints, which the run's own would replace: take another run_dir"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ class Saver:
         self.folder, self.cfg, self.parallel = folder, cfg, parallel or Parallel()
         self.writes = self.parallel.leads
         self.saved: Path | None = None  # the newest ``checkpoint_{step}.pth`` that was read back
+        self.lost_best = False  # the best encoder could not be kept: the folder holds an older one, or none
         self._written = Event()  # what `save_behind` began
         self._written.set()
         self._alarms: list[Path] = []
@@ -123,9 +124,15 @@ class Saver:
             leaving: checkpoints for which the disk must have room behind it.
         """
         self.wait()
+        first = path = self.folder / f"emergency_{meta['step']:08d}.pth"
+        while path.exists():  # of a run that came by this step before, perhaps with other weights
+            path = path.with_name(f"{path.stem}x.pth")
         try:
-            return self._write(f"emergency_{meta['step']:08d}.pth", state, meta, leaving=leaving)
-        except CheckpointError as error:
+            self._write(path.name, state, meta, leaving=leaving)
+            if path != first and checkpoints.same_state(path, first):
+                path = path.replace(first)
+            return path
+        except (CheckpointError, OSError) as error:
             log.critical("no emergency checkpoint: %s", error)
             return None
 
@@ -166,6 +173,7 @@ class Saver:
             if best:
                 self._keep_best(state, meta)
         except Exception as error:
+            self.lost_best |= best
             log.critical("%s at step %d, training goes on: %s", what, meta["step"], error)
             log.debug("traceback", exc_info=True)
 
@@ -183,7 +191,8 @@ class Saver:
         regular = self.folder / checkpoints.checkpoint_name(meta["step"])
         best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
         if regular.is_file():
-            checkpoints.link(regular, best)
+            with checkpoints.linked(regular, best):
+                pass
         else:
             checkpoints.verify(self._write(best.name, state, meta))
         for older in self.folder.glob("checkpoint_best_*.pth"):

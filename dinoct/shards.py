@@ -26,16 +26,17 @@ from dinoct.parallel import Parallel
 
 META, GENERATORS = "meta.json", "generators.pth"
 _NAME = re.compile(r"sharded_(\d{8})")
+_ASIDE = re.compile(r"abandoned_sharded_\d{8}x*")
 
 
 def list_sharded(folder: Path) -> list[Path]:
-    """Finished sharded checkpoints of a run folder, oldest first."""
+    """Finished sharded checkpoints of a run folder, oldest first; not those that were set aside."""
     return sorted(filter(is_sharded, folder.glob("sharded_*")))
 
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is a sharded checkpoint, and not a run folder."""
-    return _NAME.fullmatch(path.name) is not None and (path / META).is_file()
+    return bool(_NAME.fullmatch(path.name) or _ASIDE.fullmatch(path.name)) and (path / META).is_file()
 
 
 def step_of(path: Path) -> int:

@@ -47,8 +47,12 @@ class JsonLines:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the records behind `step`, and a last line that a power cut left half written."""
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line, default=step + 1) <= step]
+    """Drop the records behind `step`, and what is none: half a line, which a power cut leaves, or a damaged one."""
+    kept = [
+        line
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if _step(line, default=step + 1) <= step
+    ]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

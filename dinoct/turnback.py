@@ -6,6 +6,7 @@ newest is what ``resume=auto`` goes on from. Those of a line that was left are c
 
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 from dinoct import checkpoint as checkpoints
@@ -17,43 +18,42 @@ _IN_LINE = re.compile(r"checkpoint(_best|_final)?_(\d{8})\.pth|sharded_(\d{8})")
 def turn_back(folder: Path, going_on: Path, step: int) -> list[Path]:
     """Make a checkpoint the newest of its run folder; returns the new paths of those that were set aside for it.
 
-    They are those of later steps, and where that file is not its line's ``checkpoint_{step}.pth`` (it is an
-    emergency's, one that was set aside, shares), those of the same step too. The file keeps its name and gets the
-    regular one beside it, so that a kill from here on leaves a folder that goes on from there.
+    They are those of later steps, and of this step those of another state. The file keeps its name, and gets the
+    regular one beside it where that is none of this state, so that a kill from here on leaves a folder that goes on
+    from there.
 
     Raises:
         CheckpointError: if the disk refuses.
     """
-    regular = checkpoints.is_regular(going_on, step)
-    left = [path for path in folder.iterdir() if _step(path) >= (step + 1 if regular else step)]
+    regular = folder / checkpoints.checkpoint_name(step)
+    left = [path for path in folder.iterdir() if _step(path) > step]
+    if going_on.is_dir() or (regular.is_file() and checkpoints.same_state(regular, going_on)):
+        ready = nullcontext()
+    else:
+        ready = checkpoints.linked(going_on, regular)
+        of_step = (path for path in folder.iterdir() if _step(path) == step)
+        left += [path for path in of_step if not (path.is_file() and checkpoints.same_state(path, going_on))]
     moved = []
-    try:
+    with ready:
         for path in sorted(left, key=lambda path: ("_final_" not in path.name, -_step(path))):
-            if _same(path, going_on):
-                continue
-            if "_final_" in path.name and (checkpoints.is_regular(path, _step(path)) or not path.exists()):
-                path.unlink()  # a second name of one that is set aside by its first
-            else:
-                moved.append(_set_aside(path))
-        if not regular and going_on.is_file():
-            checkpoints.link(going_on, folder / checkpoints.checkpoint_name(step))
-    except OSError as error:
-        raise CheckpointError(f"cannot set aside the later checkpoints of {folder}: {error.strerror}") from error
+            try:
+                if "_final_" in path.name and (checkpoints.is_regular(path, _step(path)) or not path.exists()):
+                    path.unlink()  # a second name of one that is set aside by its first
+                else:
+                    moved.append(_set_aside(path))
+            except OSError as error:
+                raise CheckpointError(f"cannot set aside {path}: {error.strerror}") from error
     return moved
 
 
 def aside(folder: Path) -> list[Path]:
     """Checkpoints that ``resume=FOLDER`` does not look at: emergencies', and those of lines that were left."""
-    return sorted([*folder.glob("emergency_*.pth"), *folder.glob("abandoned_*.pth")])
+    return sorted([*folder.glob("emergency_*.pth"), *folder.glob("abandoned_*")])
 
 
 def _step(path: Path) -> int:
     found = _IN_LINE.fullmatch(path.name)
     return int(found[2] or found[3]) if found else -1
-
-
-def _same(path: Path, other: Path) -> bool:
-    return path.exists() and path.samefile(other)
 
 
 def _set_aside(path: Path) -> Path:

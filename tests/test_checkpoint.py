@@ -12,7 +12,7 @@ import torch
 
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import find_latest, link_final, list_checkpoints, load, rotate, save
-from dinoct.errors import CheckpointError
+from dinoct.errors import CheckpointError, DinoctError
 from dinoct.turnback import turn_back
 
 STATE = {"model": {"w": torch.arange(4096, dtype=torch.float32)}, "optimizer": {"w": {"step": torch.tensor(3.0)}}}
@@ -122,10 +122,10 @@ def test_the_final_checkpoint_is_a_link(tmp_path):
     assert list_checkpoints(tmp_path) == [path]
 
 
-def test_where_there_are_no_hard_links_the_final_checkpoint_is_a_copy(tmp_path, monkeypatch):
-    """As on a disk with exFAT, which has no symbolic ones either."""
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EIO])  # exFAT; FUSE; a folder shared with a VM
+def test_where_there_are_no_hard_links_the_final_checkpoint_is_a_copy(tmp_path, monkeypatch, number):
     for name in ("link", "symlink"):
-        monkeypatch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+        monkeypatch.setattr(os, name, no_links(number))
     final = link_final(write(tmp_path, 384))
     assert load(final).step == 384
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000384.pth", final.name]
@@ -175,12 +175,19 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
+def no_links(number: int):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
 @pytest.mark.parametrize("hard_links", [True, False])
 @pytest.mark.parametrize("name", ["abandoned_00000004", "abandoned_best_00000004", "abandoned_final_00000004"])
 def test_nothing_is_lost_by_going_on_from_what_was_set_aside(tmp_path, monkeypatch, name, hard_links):
     """Line B stands in the folder, and has files of the names that line A's would take."""
     if not hard_links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links")))
+        monkeypatch.setattr(os, "link", no_links(errno.EPERM))
     left = ["checkpoint_00000004.pth", "checkpoint_best_00000004.pth", "checkpoint_final_00000004.pth"]
     left += ["checkpoint_00000005.pth", "checkpoint_best_00000005.pth"]  # of two best a kill left the older
     for each in left:
@@ -192,6 +199,68 @@ def test_nothing_is_lost_by_going_on_from_what_was_set_aside(tmp_path, monkeypat
     assert sorted(found[path.name] for path in moved) == sorted(f"B {each}" for each in left)
     assert len(found) == len(moved) + 2
     assert turn_back(tmp_path, tmp_path / "checkpoint_00000004.pth", 4) == []
+
+
+def test_a_disk_that_takes_no_copy_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "emergency_00000001.pth").write_bytes(b"another state")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(os, "link", no_links(errno.EPERM))
+    monkeypatch.setattr("shutil.copyfileobj", no_links(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match="No space left"):
+        turn_back(tmp_path, tmp_path / "emergency_00000001.pth", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_has_the_same_state_stays(tmp_path):
+    """An emergency's state is that of the last finished step, which may be saved already, and be the best so far."""
+    write(tmp_path, 4)
+    os.rename(tmp_path / "checkpoint_00000004.pth", tmp_path / "checkpoint_best_00000004.pth")
+    save(tmp_path / "emergency_00000004.pth", STATE, {"step": 4, "positions": [1, 2]})
+    assert turn_back(tmp_path, tmp_path / "emergency_00000004.pth", 4) == []
+    assert load(tmp_path / "checkpoint_00000004.pth").meta["positions"] == [1, 2]
+    assert load(tmp_path / "checkpoint_best_00000004.pth").step == 4
+
+
+def test_shares_that_a_run_goes_on_from_leave_the_best_of_their_step(tmp_path):
+    (tmp_path / "sharded_00000004").mkdir()
+    (tmp_path / "sharded_00000006").mkdir()
+    (tmp_path / "checkpoint_best_00000004.pth").touch()
+    moved = turn_back(tmp_path, tmp_path / "sharded_00000004", 4)
+    assert [path.name for path in moved] == ["abandoned_sharded_00000006"]
+    assert (tmp_path / "checkpoint_best_00000004.pth").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE])
+def test_what_the_machine_cannot_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, number):
+    """Or a resume would go back to an older one, and set the newest aside."""
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+
+    def refused(path, *_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("zipfile.ZipFile", refused)
+    with pytest.raises(DinoctError, match="cannot be read now") as error:
+        find_latest([tmp_path])
+    assert not isinstance(error.value, CheckpointError)
+
+
+def test_a_folder_that_cannot_be_synced_costs_no_checkpoint(tmp_path, monkeypatch):
+    """CIFS says EINVAL for a folder."""
+    sync = os.fsync
+    folders = []
+
+    def refused(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            folders.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    assert load(write(tmp_path, 1)).step == 1
+    assert folders
 
 
 def test_the_only_file_of_a_step_is_not_deleted_for_being_called_final(tmp_path):

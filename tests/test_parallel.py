@@ -179,24 +179,32 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(phantom_root, workplace):
 
 FAILS_ON_ONE_RANK = """
 import os
-from dinoct.looks import Looks
-judge = Looks._judge
+from dinoct.evals import features
+from dinoct import looks
+judge, read = looks.Looks.judge, features.read_slice
+step_now = 0
 
-def broken(self, backbone, step):
-    if os.environ.get("RANK") == "0" and step == 2:
-        raise OSError(5, "Input/output error")
+def judged(self, backbone, step):
+    global step_now
+    step_now = step
     return judge(self, backbone, step)
 
-Looks._judge = broken
+def broken(*args):
+    if os.environ.get("RANK") == "0" and step_now == 2:
+        raise OSError(5, "Input/output error")
+    return read(*args)
+
+looks.Looks.judge, looks.read_slice, features.read_slice = judged, broken, broken
 if __name__ == "__main__":
     from dinoct.train import cli
     cli()
 """
 
 
-def test_an_evaluation_that_fails_on_one_rank_does_not_hold_up_the_others(phantom_root, workplace):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_an_evaluation_that_fails_on_one_rank_does_not_hold_up_the_others(phantom_root, workplace, kind):
     (workplace / "broken.py").write_text(FAILS_ON_ONE_RANK)
-    typed = [*TINY, f"data.root={phantom_root}", "run_dir=run", *ranks("ddp", 4)]
+    typed = [*TINY, f"data.root={phantom_root}", "run_dir=run", *ranks(kind, 4)]
     length = ["train.max_steps=4", "eval.every=2", "eval.n=8", "ckpt.every=2"]
     process = subprocess.Popen(
         [sys.executable, "broken.py", *typed, *length],

@@ -22,10 +22,12 @@ from dinoct.checkup.machine import Space
 from dinoct.config import CkptConfig
 from dinoct.data.dataset import SliceViews
 from dinoct.engine import Engine
+from dinoct.errors import CheckpointError
 from dinoct.faults import explain, is_lost_rank, is_out_of_memory
 from dinoct.guard import FiniteGuard
 from dinoct.models.ssl import SelfDistillation
 from dinoct.resume import has_checkpoint
+from dinoct.rundir import RunFolder
 from dinoct.saving import Saver
 from dinoct.stopping import StopRequest
 
@@ -479,6 +481,78 @@ def test_without_a_thread_to_be_had_training_waits_too(tmp_path, monkeypatch):
     saver = Saver(tmp_path, CkptConfig())
     saver.save_behind({"w": torch.ones(4)}, {"step": 1})
     assert saver.saved_step() == 1
+
+
+def test_emergencies_of_two_branches_at_one_step_are_both_kept(tmp_path):
+    saver = Saver(tmp_path, CkptConfig())
+    first = saver.emergency({"w": torch.ones(4)}, {"step": 1})
+    again = saver.emergency({"w": torch.ones(4)}, {"step": 1})  # the same state, of a start that failed again
+    other = saver.emergency({"w": torch.zeros(4)}, {"step": 1})
+    assert [path.name for path in (first, again, other)] == [
+        "emergency_00000001.pth", "emergency_00000001.pth", "emergency_00000001x.pth",
+    ]  # fmt: skip
+    assert checkpoints.load(first).state["w"].tolist() == [1] * 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_best_encoder_that_could_not_be_kept_does_not_raise_the_bar(phantom_root, workplace, monkeypatch):
+    from dinoct import looks
+
+    given = iter([0.4, 0.2, 0.3, 0.5])
+    monkeypatch.setattr(looks, "judge", lambda *_, **__: {"mean_percentile_rank": next(given), "top1": 0.0, "n": 4})
+    write, folder = checkpoints.save, workplace / "r"
+
+    def full(path, state, meta):
+        if path.name == "checkpoint_best_00000002.pth":
+            raise CheckpointError("No space left on device")
+        return write(path, state, meta)
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    assert train(phantom_root, folder, "eval.every=1", "ckpt.every=100", "train.max_steps=4") == 0
+    assert [path.name for path in folder.glob("*best*")] == ["checkpoint_best_00000003.pth"]
+
+
+def test_a_loader_worker_that_dies_within_an_update_does_not_cut_it(phantom_root, workplace, monkeypatch):
+    """torch's handler raises wherever the main thread is: behind the optimiser's step the teacher has not moved yet."""
+    folder, end_update, armed = workplace / "run", SelfDistillation.end_update, threading.Event()
+
+    def died(*_):
+        if armed.is_set():  # and not for git, which is asked for the commit
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def interrupted(self, **more):
+        if more["step"] == 2:
+            armed.set()
+            os.kill(os.getpid(), signal.SIGCHLD)
+            armed.clear()
+        end_update(self, **more)
+
+    monkeypatch.setattr(SelfDistillation, "end_update", interrupted)
+    before = signal.signal(signal.SIGCHLD, died)
+    try:
+        assert train(phantom_root, folder, "train.max_steps=3") == 0
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_run_whose_last_word_cannot_be_written_is_done_all_the_same(phantom_root, workplace, monkeypatch, capfd):
+    """Whoever waits for the exit status, such as a scheduler that requeues the job, is to have the right one."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "set_state", full)
+    assert train(phantom_root, workplace / "run", "train.max_steps=1") == 0
+    assert "config.json still says that the run goes on" in capfd.readouterr().out
+
+
+def test_a_damaged_line_of_the_metrics_stops_no_resume(phantom_root, workplace):
+    folder = workplace / "run"
+    assert train(phantom_root, folder, "train.max_steps=2") == 0
+    with open(folder / "metrics.jsonl", "r+b") as file:
+        file.write(b"\xff")
+    assert run("train", f"resume={folder}", "train.max_steps=3", *HERE) == 0
+    assert metrics(folder)[-1]["step"] == 3
 
 
 def test_a_loader_worker_that_dies_when_a_write_begins_is_not_taken_for_a_thread_that_is_not_to_be_had(

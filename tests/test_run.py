@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -449,6 +450,61 @@ def test_a_start_that_ends_before_its_first_checkpoint_turns_back_all_the_same(
     assert {"abandoned_00000003.pth", "abandoned_00000004x.pth"} <= {path.name for path in folder.glob("*.pth")}
 
 
+def test_a_process_that_trained_on_until_the_lock_was_free_is_not_turned_back(
+    phantom_root, workplace, monkeypatch, capfd
+):
+    """Ctrl+C there, resume=auto here: the checkpoint was chosen before the other had saved its last one."""
+    folder, here = workplace / "r", ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, folder, "train.max_steps=4", "ckpt.every=1", "ckpt.keep_last=9") == 0
+    early = checkpoints.load(folder / "checkpoint_00000002.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr("dinoct.resume.find_checkpoint", lambda *_: (early, []))
+        assert run("train", "resume=r", "train.max_steps=6", *here) == 1
+    assert "another process went on to" in capfd.readouterr().err
+    assert not list(folder.glob("abandoned*"))
+    assert run("train", "resume=r", "train.max_steps=6", *here) == 0
+
+
+def test_a_checkpoint_that_lies_in_no_run_folder_begins_one_of_its_own(phantom_root, workplace, capfd):
+    archive, here = workplace / "archive", ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, workplace / "r", "train.max_steps=4", "ckpt.every=1", "ckpt.keep_last=9") == 0
+    archive.mkdir()
+    for path in (workplace / "r").glob("checkpoint_0*.pth"):
+        shutil.copy(path, archive)
+    before = sorted(path.name for path in archive.iterdir())
+    assert run("train", "resume=archive/checkpoint_00000002.pth", "ckpt.keep_last=1", "train.max_steps=3", *here) == 0
+    assert sorted(path.name for path in archive.iterdir()) == before
+    (own,) = (workplace / "outputs" / "runs").iterdir()
+    assert (own / "checkpoint_00000003.pth").is_file()
+    capfd.readouterr()
+    assert run("train", "resume=archive/checkpoint_00000002.pth", "run_dir=archive", *here) == 1
+    assert "run_dir=" in (said := capfd.readouterr().err)
+    assert "holds checkpoints, which the run's own would replace" in said
+
+
+def test_a_link_to_a_checkpoint_stands_for_it(phantom_root, workplace):
+    here = ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, workplace / "r", "train.max_steps=1") == 0
+    (workplace / "latest.pth").symlink_to(workplace / "r" / "checkpoint_00000001.pth")
+    assert run("train", "resume=latest.pth", "train.max_steps=2", *here) == 0
+    assert (workplace / "r" / "checkpoint_00000002.pth").is_file()
+    assert not (workplace / "config.json").exists()
+
+
+def test_a_folder_whose_run_ended_before_a_checkpoint_says_so(phantom_root, workplace, capfd):
+    (workplace / "r").mkdir()
+    (workplace / "r" / "config.json").write_text("{}")
+    assert train(phantom_root, workplace / "r", "train.max_steps=1") == 1
+    assert "it ended before a checkpoint: remove the folder, or take another run_dir" in capfd.readouterr().err
+
+
+def test_accumulation_typed_as_a_group_counts_at_a_resume(phantom_root, workplace):
+    folder, here = workplace / "r", ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
+    assert train(phantom_root, folder, "train.max_steps=1") == 0
+    assert run("train", "resume=r", "train={accumulation_steps:3,max_steps:2}", *here) == 0
+    assert json.loads((folder / "config.json").read_text())["hardware"]["accumulation_steps"] == 3
+
+
 def test_a_folder_without_a_regular_checkpoint_names_the_others(workplace, capfd):
     (workplace / "r").mkdir()
     (workplace / "r" / "config.json").write_text("{}")
@@ -457,9 +513,6 @@ def test_a_folder_without_a_regular_checkpoint_names_the_others(workplace, capfd
     assert run("train", "resume=r") == 1
     says = "no usable checkpoint in r; there is emergency_00000007.pth, which is resumed by name"
     assert says in capfd.readouterr().err
-    (workplace / "r" / "abandoned_sharded_00000004x").mkdir()
-    assert run("train", "resume=r/abandoned_sharded_00000004x") == 1
-    assert "are resumed as sharded_00000004: rename the folder" in capfd.readouterr().err
 
 
 def test_auto_means_the_newest_run_and_says_so_when_it_has_nothing(phantom_root, workplace, capfd):
