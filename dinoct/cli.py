@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened instead of printing its own digest
 
@@ -30,6 +31,8 @@ from dinoct.legacy import quote
 from dinoct.stopping import hand_on
 
 DONE, ERROR, FAILED = 0, 1, 2
+_TEXTS = (str, str | None, list[str], list[str] | None, Any)
+_NO_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.I)
 QUOTING = "a value with more than plain letters, digits and ._-/: needs quotes, for the shell too"
 told: list[str] = []  # what was said of this job's error, for the table of its sweep
 
@@ -60,6 +63,7 @@ def run_command(
         The exit status: the task's, or 1 after an error of which one line stands on stderr.
     """
     status = DONE
+    sys.argv[1:] = keep_text(sys.argv[1:], schema)
     typed = list(sys.argv)
 
     def remember(cfg: DictConfig) -> float | None:
@@ -103,8 +107,8 @@ def complain(error: Exception, schema: type) -> int:
         message = f"{type(error).__name__}: {error} (DINOCT_TRACEBACK=1 shows where)"
     words = {"phantom", *(word for key in option_keys(schema) for word in key.split("."))}
     for argument in sys.argv[1:]:  # a source may hold a patient's name: it is not repeated
-        value = argument.removeprefix("source=")
-        if value != argument and value not in words and any(map(str.isalnum, value)):
+        value = argument.removeprefix("source=").strip("'")
+        if argument.startswith("source=") and value not in words and any(map(str.isalnum, value)):
             message = message.replace(argument, "source=...").replace(value, "...")
     if os.environ.get("DINOCT_TRACEBACK") == "1":
         traceback.print_exception(error)
@@ -145,6 +149,27 @@ def refuse_what_hydra_cannot_parse(arguments: Sequence[str]) -> None:
             f"{reason}. Settings are KEY=VALUE without dashes, and flags such as -m stand before them; "
             "the older flags work with scripts/phase5_*.py"
         ) from None
+
+
+def keep_text(arguments: Sequence[str], schema: type) -> list[str]:
+    """Arguments in which what looks like a number and is a text stands in quotes.
+
+    Hydra reads ``run_dir=20260103_120000`` as the number 20260103120000, and a patient 1e5 as 100000.0.
+    """
+    texts = {key for key, kind in option_types(schema) if kind in _TEXTS}
+    out = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") in texts:
+            inside = re.fullmatch(r"\[([^\[\]'\"]*)\]", value)
+            quoted_ = f"[{','.join(map(_kept, inside[1].split(',')))}]" if inside else _kept(value)
+            argument = f"{key}={quoted_}"
+        out.append(argument)
+    return out
+
+
+def _kept(value: str) -> str:
+    return f"'{value.strip()}'" if _NO_TEXT.fullmatch(value.strip()) else value
 
 
 def refuse_empty_values(arguments: Sequence[str], schema: type) -> None:
@@ -234,12 +259,17 @@ def quoted(override: str) -> str:
     return shlex.quote(f"{key}={value}")
 
 
-def option_keys(schema: type, prefix: str = "") -> list[str]:
+def option_keys(schema: type) -> list[str]:
     """All keys that a user may set, dotted: the public option surface."""
-    keys = []
+    return [key for key, _ in option_types(schema)]
+
+
+def option_types(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
+    """`option_keys`, each with its type."""
+    found = []
     for item in fields(schema):
         name = f"{prefix}{item.name}"
-        keys.append(name)
+        found.append((name, item.type))
         if is_dataclass(item.type):
-            keys += option_keys(item.type, f"{name}.")
-    return keys
+            found += option_types(item.type, f"{name}.")
+    return found

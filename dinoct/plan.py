@@ -136,6 +136,9 @@ def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> No
         stored_choices=checkpoint.meta["choices"],
     )
     validate(plan.cfg)
+    limit = plan.cfg.train.max_steps
+    if limit is not None and limit < checkpoint.step:
+        raise ConfigError(f"train.max_steps={limit} lies before the checkpoint's step {checkpoint.step}")
     resume.check_shapes(stored, plan.config_dict())
     plan.changes = resume.changes(stored, plan.config_dict())
     chosen = ("hardware", "parallel", *(group for group in plan.choices if group in plan.typed))

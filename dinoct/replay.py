@@ -43,7 +43,7 @@ def replay(engine: Engine, positions: list[int]) -> bool:
         log.warning("gradients that are not finite: %s", ", ".join(bad[:10]) + (" ..." if len(bad) > 10 else ""))
     finite &= not bad
     if finite:
-        log.info("step %d is finite here: what broke it was not in the data, weights or seeds", step)
+        log.info("step %d is finite here: if it was not, what broke it was not in the data, weights or seeds", step)
     else:
         log.warning("step %d is not finite here either", step)
     return finite

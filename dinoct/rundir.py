@@ -77,7 +77,10 @@ class RunFolder:
 
 
 def _fresh_folder(parent: Path) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir is {parent}/TIME, which cannot be made: {error.strerror}") from error
     stamp = time.strftime("%Y%m%d_%H%M%S")
     for suffix in ("", *(f"_{i}" for i in range(1, 100))):
         path = parent / f"{stamp}{suffix}"
@@ -86,6 +89,8 @@ def _fresh_folder(parent: Path) -> Path:
             return path
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"run_dir is {path}, which cannot be made: {error.strerror}") from error
     raise ConfigError(f"no free run folder in {parent}: give run_dir=...")
 
 

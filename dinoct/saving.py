@@ -242,8 +242,8 @@ def check_space(folder: Path, needed: int, *, leaving: int = 0) -> None:
         raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
     if free < HEADROOM * (1 + leaving) * needed:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free, and {1 + leaving} checkpoint{'s' if leaving else ''} of "
-            f"{needed / 1e9:.1f} GB must fit: free some space, lower ckpt.keep_last, or take run_dir on another disk"
+            f"{folder} has {size_text(free)} free, and {1 + leaving} checkpoint{'s' if leaving else ''} of "
+            f"{size_text(needed)} must fit: free some space, lower ckpt.keep_last, or take run_dir on another disk"
         )
 
 
@@ -253,6 +253,6 @@ def check_space_for_run(folder: Path, needed: int, keep_last: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < HEADROOM * (keep_last + 1) * needed:
         log.warning(
-            "%.0f GB free, but ckpt.keep_last=%d checkpoints of %.1f GB and the next one need %.0f GB",
-            free / 1e9, keep_last, needed / 1e9, (keep_last + 1) * needed / 1e9,
+            "%s free, but ckpt.keep_last=%d checkpoints of %s and the next one need %s",
+            size_text(free), keep_last, size_text(needed), size_text((keep_last + 1) * needed),
         )  # fmt: skip

@@ -4,11 +4,13 @@ SIGUSR1 and SIGUSR2 are on loan: where a launcher of jobs listens to one of them
 it gets the signal once the state is saved, by `hand_on`.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = b"\nfinishing the step, then the state is saved; Ctrl+C again ends at once, without it\n"
 ON_LOAN = (signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -67,6 +69,8 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal == signal.SIGINT and number == signal.SIGINT and not self._patient:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and self.signal is None and not self._patient:
+            os.write(2, STOPPING)  # print may be at work where the signal came
         self.signal = number
 
     @property

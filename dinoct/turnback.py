@@ -47,8 +47,9 @@ def turn_back(folder: Path, going_on: Path, step: int) -> list[Path]:
 
 
 def aside(folder: Path) -> list[Path]:
-    """Checkpoints that ``resume=FOLDER`` does not look at: emergencies', and those of lines that were left."""
-    return sorted([*folder.glob("emergency_*.pth"), *folder.glob("abandoned_*")])
+    """What ``resume=FOLDER`` does not look at: emergencies' checkpoints, second names, lines that were left."""
+    names = ("emergency_*.pth", "abandoned_*", "checkpoint_best_*", "checkpoint_final_*")
+    return sorted(path for name in names for path in folder.glob(name))
 
 
 def _step(path: Path) -> int:

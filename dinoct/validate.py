@@ -76,8 +76,8 @@ def validate(cfg: TrainConfig) -> None:
             raise ConfigError(f"{key} must be at least 1, not {value}")
     if cfg.eval.n < 2:
         raise ConfigError(f"eval.n must be at least 2, not {cfg.eval.n}")
-    if cfg.seed < 0:
-        raise ConfigError(f"seed must be at least 0, not {cfg.seed}")
+    if not 0 <= cfg.seed < 2**63:
+        raise ConfigError(f"seed must be at least 0 and below 2^63, not {cfg.seed}")
     _choice("tracker.wandb", cfg.tracker.wandb, ("offline", "online", "disabled"))
     _choice("hardware.device", cfg.hardware.device, ("auto", "cuda", "rocm", "cpu"))
     _parallel(cfg)

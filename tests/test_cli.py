@@ -8,6 +8,9 @@ import pytest
 import torch
 from commands import REPOSITORY, TINY, run
 
+from dinoct.cli import keep_text
+from dinoct.config import PrepareConfig
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -51,6 +54,28 @@ def test_wrong_input_to_train(workplace, capfd, arguments, says):
     for words in says:
         assert words in err
     assert not (workplace / "outputs").exists()
+
+
+def test_a_text_that_looks_like_a_number_stays_as_it_was_typed(phantom_root, workplace):
+    """Hydra reads 20260103_120000, the form of dinoct's own run folders, as 20260103120000."""
+    assert run("train", *TINY, f"data.root={phantom_root}", "run_dir=20260103_120000", "train.max_steps=1") == 0
+    assert (workplace / "20260103_120000" / "checkpoint_00000001.pth").is_file()
+    assert run("train", "resume=20260103_120000", "train.max_steps=2", "hardware=cpu", "hardware.num_workers=0") == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("split.val_patients=[2019_0034, 1e5,abc]", "split.val_patients=['2019_0034','1e5',abc]"),
+        ("split.val_patients=['1_0',a]", "split.val_patients=['1_0',a]"),
+        ("explain=123e4567", "explain='123e4567'"),
+        ("+labels=true", "+labels='true'"),
+        ("masks=null", "masks=null"),
+        ("seed=1_0", "seed=1_0"),  # a number
+    ],
+)
+def test_texts_are_told_from_numbers_by_their_setting(typed, kept):
+    assert keep_text([typed], PrepareConfig) == [kept]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +154,20 @@ def test_eval_is_repeatable_and_takes_out_and_n(trained, workplace):
     a, b = (json.loads((workplace / f / "view_retrieval_step00000002_N6.json").read_text()) for f in ("a", "b"))
     assert a == b
     assert a["n"] == 6
+
+
+def test_a_quick_look_does_not_replace_the_whole_evaluation(trained, workplace, capfd):
+    typed = [f"checkpoint={trained}", "n=6", "out=o", "hardware=cpu", "hardware.num_workers=0"]
+    name = "view_retrieval_step00000002_N6"
+    run("eval", *typed)
+    whole = (workplace / "o" / f"{name}.json").read_text()
+    run("eval", *typed)
+    assert {path.stem for path in (workplace / "o").iterdir()} == {name}
+    run("eval", *typed, "probe=view_retrieval")
+    assert "the earlier report, of other settings" in capfd.readouterr().out
+    assert (workplace / "o" / f"{name}_earlier.json").read_text() == whole
+    assert (workplace / "o" / f"{name}_earlier.png").is_file()
+    assert json.loads((workplace / "o" / f"{name}.json").read_text())["settings"]["probes"] == []
 
 
 def test_monitor_draws(trained, workplace):

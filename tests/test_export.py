@@ -150,6 +150,21 @@ def test_the_card_says_where_it_comes_from_and_names_no_path(trained, exported, 
         assert str(folder).encode() not in content
 
 
+def test_a_card_claims_unseen_patients_only_where_that_was_checked(trained, exported, workplace):
+    (path,) = trained.parent.glob("view_retrieval_*.json")
+    report = json.loads(path.read_text())
+    assert report["patients_unseen"] is True
+    assert "patients that training did not see." in Path(f"{exported['safetensors']}.md").read_text()
+    shutil.copy(trained, workplace)
+    (workplace / path.name).write_text(json.dumps(report))
+    elsewhere = workplace / path.name.replace("_N6", "_N600")  # more slices, of another root
+    elsewhere.write_text(json.dumps(report | {"n": 600, "patients_unseen": False}))
+    assert dinoct.load_encoder(workplace / trained.name).card.evaluation["file"] == path.name
+    (workplace / path.name).unlink()
+    assert run("export", f"checkpoint={trained.name}", "out=e.safetensors") == 0
+    assert "that training did not see these patients was not checked" in (workplace / "e.safetensors.md").read_text()
+
+
 def test_figures_of_other_weights_of_the_same_step_are_not_on_the_card(trained, exported, workplace):
     """A run that was turned back comes by the step again: the file of before has its name, and not its weights."""
     (path,) = trained.parent.glob("view_retrieval_*.json")

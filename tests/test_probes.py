@@ -334,7 +334,7 @@ def test_probes_are_chosen_by_group_and_by_key(masked_root, workplace, capfd):
     assert run("eval", *quick, "probe.masks=nowhere") == 1
     assert "probe.masks: there is no folder" in capfd.readouterr().err
     assert run("eval", "checkpoint=.", "n=24") == 1
-    assert "there is no checkpoint_*.pth" in capfd.readouterr().err
+    assert "there is no checkpoint_STEP.pth" in capfd.readouterr().err
 
 
 def test_one_held_out_patient_is_no_proof_and_the_report_says_so(masked_root, workplace, capfd):

@@ -37,7 +37,8 @@ def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
     split = Path(data.split_manifest) if data.split_manifest else _default_split(root / "_splits", data.split_seed)
     if not index.is_file():
         key = "data.index_csv" if data.index_csv else "data.root"
-        raise ConfigError(f"{key}: there is no index at {index}; run dinoct-prepare source=... data.root={root}")
+        cure = f"run dinoct-prepare source=... data.root={root}, or give the {key}=... that has one"
+        raise ConfigError(f"{key}: there is no index at {index.absolute()}; {cure}")
     if not split.is_file():
         have = ", ".join(sorted(path.name for path in split.parent.glob("*.json"))) or "none"
         raise ConfigError(f"data.split_manifest: there is no split manifest at {split} (there: {have})")

@@ -33,7 +33,7 @@ def private_folder(root: Path) -> Path:
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Keep other processes from writing into `root`. Raises DinoctError where one is at it."""
-    with open(private_folder(root) / "lock", "w") as lock:
+    with os.fdopen(os.open(private_folder(root) / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, even after kill -9
         except BlockingIOError:

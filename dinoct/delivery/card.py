@@ -119,21 +119,24 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def find_evaluation(folder: Path, step: int, weights_sha256: str) -> tuple[dict[str, Any] | None, str]:
-    """The figures of the view retrieval of these weights with the most slices, among the files of a folder.
+    """The figures of the view retrieval of these weights, among the files of a folder: on patients that training is
+    known not to have seen rather than on others, then with the most slices, then with the most probes.
 
     The step alone does not say whose figures they are: a run that was turned back comes by it again with other weights.
 
     Returns:
-        ``file``; ``window``, the range of windows of the views; ``verdict``, one line per condition of a pass;
-        ``encoder`` and ``untrained``, figures by name (those of a probe as ``probe/figure``). Or ``None``, and why.
+        ``file``; ``window``, the range of windows of the views; ``patients_unseen``, known or not; ``verdict``,
+        a line per condition of a pass; ``encoder`` and ``untrained``, figures by name (those of a probe as
+        ``probe/figure``). Or ``None``, and why.
     """
-    found: list[tuple[int, str, dict[str, Any]]] = []
+    found: list[tuple[bool, int, int, str, dict[str, Any]]] = []
     others: list[str] = []
     for path in sorted(folder.glob(f"view_retrieval_step{step:08d}_N*.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             if report.get("weights_sha256") == weights_sha256:
-                found.append((int(report["n"]), path.name, report))
+                known, probes = report.get("patients_unseen") is True, len(report.get("probes", {}))
+                found.append((known, int(report["n"]), probes, path.name, report))
             else:
                 others.append(path.name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -142,11 +145,12 @@ def find_evaluation(folder: Path, step: int, weights_sha256: str) -> tuple[dict[
         return None, f"`{others[-1]}` is of other weights, or does not say of which: run `dinoct-eval` again"
     if not found:
         return None, "no result of `dinoct-eval` for this step lay beside the checkpoint"
-    _, name, report = max(found, key=lambda item: item[:2])
+    *_, name, report = max(found, key=lambda item: item[:4])
     checks = report.get("checks", {}).items()
     evaluation = {
         "file": name,
         "window": report.get("window"),
+        "patients_unseen": report.get("patients_unseen") is True,
         "verdict": [f"{'pass' if check['passed'] else 'FAIL'} {key}: {check['says']}" for key, check in checks],
         "encoder": _figures(report) | _probe_figures(report, "trained"),
         "untrained": _figures(report.get("baselines", {}).get("random_init", {}))
@@ -212,8 +216,11 @@ def _judgement(card: ModelCard) -> str:
     encoder, untrained = card.evaluation["encoder"], card.evaluation["untrained"]
     verdict = "".join(f"- {line}\n" for line in card.evaluation["verdict"])
     rows = "".join(f"| {name} | {value:.4g} | {_cell(untrained.get(name))} |\n" for name, value in encoder.items())
+    whom = "patients that training did not see"
+    if not card.evaluation.get("patients_unseen"):
+        whom = "other data than the run's: **that training did not see these patients was not checked**"
     return (
-        f"`{card.evaluation['file']}`: `dinoct-eval` on patients that training did not see. {_judged_in(card)}\n\n"
+        f"`{card.evaluation['file']}`: `dinoct-eval` on {whom}. {_judged_in(card)}\n\n"
         f"{verdict}\n"
         f"| figure | this encoder | untrained |\n|---|---|---|\n{rows}".rstrip()
     )

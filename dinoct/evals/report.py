@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -75,7 +77,9 @@ def find_checkpoints(value: Any) -> list[Path]:
         inside = checkpoints.list_checkpoints(path)
         if not inside:
             hint = "; resume it with parallel=none, which writes one file" if is_sharded(path) else ""
-            raise ConfigError(f"checkpoint: there is no checkpoint_*.pth in {path}{hint}")
+            if others := sorted(path.glob("*.pth")):
+                hint = f"; name one of its other files, such as checkpoint={others[-1]}"
+            raise ConfigError(f"checkpoint: there is no checkpoint_STEP.pth in {path}{hint}")
         found += inside
     return list(dict.fromkeys(found))
 
@@ -107,7 +111,7 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
     checkpoint = checkpoints.load(path, lazily=True)
     data = data_of(cfg.data, checkpoint)
     train, val, store, _ = open_split(data)
-    check_unseen(checkpoint, train, val)
+    unseen, judged_on = check_unseen(checkpoint, train, val)
     n, backbone = min(cfg.n, len(val)), load_backbone(checkpoint)
     weights_sha256 = fingerprint(backbone.state_dict())
     with run_log(), progress("slices") as bar:
@@ -128,10 +132,14 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
         "weights_sha256": weights_sha256,  # the model card takes a report of its own weights alone
         "git_commit": checkpoint.meta["git_commit"],
         "data_manifest_hash": checkpoint.meta["data_manifest_hash"],
+        "judged_on": judged_on,
+        "patients_unseen": unseen,
+        "settings": {key: value for key, value in asdict(cfg.probe).items() if key != "batch_size"},
         "window": asdict(cfg.probe.window),
         **judged,
     }
     name = out / f"view_retrieval_step{checkpoint.step:08d}_N{n}"
+    _keep_earlier(name, report)
     _write_json(name.with_suffix(".json"), report)
     draw_summary(report, name.with_suffix(".png"))
     track_evaluation(
@@ -139,6 +147,24 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
     )
     print_report(report, name.with_suffix(".json"))
     return report
+
+
+def _keep_earlier(name: Path, report: Mapping[str, Any]) -> None:
+    """A report that stands there with other settings, on other data or of other weights gets another name."""
+    same = ("settings", "judged_on", "weights_sha256")
+    try:
+        earlier = json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
+        if all(earlier.get(key) == report[key] for key in same):
+            return
+    except (OSError, ValueError, AttributeError):
+        return
+    kept = name.with_name(f"{name.name}_earlier")
+    while kept.with_suffix(".json").exists():
+        kept = kept.with_name(f"{kept.name}x")
+    for suffix in (".json", ".png"):
+        with suppress(FileNotFoundError):
+            name.with_suffix(suffix).replace(kept.with_suffix(suffix))
+    console.print(f"the earlier report, of other settings, data or weights: {kept.with_suffix('.json')}", markup=False)
 
 
 def _probe_data(
@@ -187,9 +213,11 @@ def data_of(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
     return replace(stored, split_manifest=data.split_manifest or stored.split_manifest)
 
 
-def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> None:
+def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> tuple[bool, str]:
     """Refuse to judge on patients that the weights were trained on; warn where that cannot be known.
 
+    Returns:
+        Whether it is known that training saw none of them, and the hash of index and split.
     Raises:
         ConfigError: if a patient of the validation side was trained on.
     """
@@ -200,8 +228,11 @@ def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> 
             f"data.split_manifest: {len(seen)} of its {len(sides[1])} validation patients were trained on; "
             "take the manifest that the run was trained with"
         )
-    if data_manifest_hash(train.content_hash(), *sides) != checkpoint.meta["data_manifest_hash"]:
+    judged_on = data_manifest_hash(train.content_hash(), *sides)
+    unseen = judged_on == checkpoint.meta["data_manifest_hash"]
+    if not unseen:
         console.print(
             "WARNING: index or split differ from those of the training run; make sure that it never saw these patients",
             style="yellow",
         )
+    return unseen, judged_on
