@@ -24,15 +24,14 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinoct.checksum import file_crc32
+from dinoct.durable import link, sync_folder
 from dinoct.errors import CheckpointError, DinoctError
 
 FORMAT = 2
@@ -99,18 +98,6 @@ def sweep_temporary(folder: Path) -> None:
     for pattern in (".checkpoint_*.pth.tmp-*", ".emergency_*.pth.tmp-*", ".sharded_*.tmp"):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing for folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def verify(path: Path) -> None:
@@ -216,40 +203,6 @@ def doomed(steps: Iterable[int], *, keep_last: int, keep_every: int | None) -> l
     return gone
 
 
-@contextmanager
-def linked(path: Path, second: Path) -> Iterator[None]:
-    """Give a file a second name that outlives the first, in place of what has that name: behind the block, for which it
-    is made ready.
-
-    A hard link, or a copy where the file system has none.
-
-    Raises:
-        CheckpointError: if the disk refuses.
-    """
-    temporary = second.with_name(f".{second.name}.tmp-{os.getpid()}")
-    try:
-        try:
-            os.link(path.resolve(), temporary)
-        except OSError:  # each file system says it in its own way
-            _copy(path, temporary)
-        yield
-        os.replace(temporary, second)
-        sync_folder(second.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {second}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _copy(path: Path, target: Path) -> None:
-    with open(path, "rb") as source, open(target, "wb") as copy:
-        shutil.copyfileobj(source, copy, 1 << 24)
-        copy.flush()
-        os.fsync(copy.fileno())
-    if file_crc32(target) != file_crc32(path):
-        raise OSError(errno.EIO, "what was written reads back otherwise")
-
-
 def same_state(path: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same tensors, by their checksums; their meta may differ."""
     if path.samefile(other):
@@ -269,8 +222,8 @@ def _tensors(path: Path) -> list[tuple[str, int]]:
 def link_final(path: Path) -> Path:
     """Give the last checkpoint its second name."""
     final = path.with_name(f"checkpoint_final_{step_of(path):08d}.pth")
-    with linked(path, final):
-        return final
+    link(path, final)
+    return final
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -278,13 +231,13 @@ def best_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint_best_*.pth"), default=None)
 
 
-def later_than(folder: Path, step: int) -> list[tuple[int, int, Path]]:
-    """(step, 1 for a file and 0 for shares, path) of a folder's regular checkpoints behind a step, the newest first."""
+def later_than(folder: Path, step: int) -> list[Path]:
+    """A folder's regular checkpoints and shares behind a step, the newest first; a file before shares of its step."""
     from dinoct import shards
 
     found = [(step_of(path), 1, path) for path in list_checkpoints(folder)]
     found += [(shards.step_of(path), 0, path) for path in shards.list_sharded(folder)]
-    return sorted((entry for entry in found if entry[0] > step), reverse=True)
+    return [path for at, _, path in sorted(found, reverse=True) if at > step]
 
 
 def find_latest(folders: Iterable[Path], *, behind: int = -1) -> tuple[Checkpoint | None, list[str]]:
@@ -298,7 +251,7 @@ def find_latest(folders: Iterable[Path], *, behind: int = -1) -> tuple[Checkpoin
     """
     warnings = []
     for folder in folders:
-        for _, _, path in later_than(folder, behind):
+        for path in later_than(folder, behind):
             try:
                 return load(path), warnings
             except CheckpointError as error:

@@ -162,8 +162,8 @@ def keep_text(arguments: Sequence[str], schema: type) -> list[str]:
         key, _, value = argument.partition("=")
         if key.lstrip("+") in texts:
             inside = re.fullmatch(r"\[([^\[\]'\"]*)\]", value)
-            quoted_ = f"[{','.join(map(_kept, inside[1].split(',')))}]" if inside else _kept(value)
-            argument = f"{key}={quoted_}"
+            kept = f"[{','.join(map(_kept, inside[1].split(',')))}]" if inside else _kept(value)
+            argument = f"{key}={kept}"
         out.append(argument)
     return out
 

@@ -179,6 +179,21 @@ def changes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in keys if old.get(key) != new[key]]
 
 
+def lost_changes(history: Sequence[Mapping[str, Any]], step: int, now: Sequence[str]) -> list[str]:
+    """What was changed when a run last went on from a step, and is not changed now.
+
+    Args:
+        history: of the run, from its config.json.
+        step: that the run goes on from; the last start came to no checkpoint where it is that one's too.
+        now: `changes` of this start.
+    """
+    last = history[-1] if history else {}
+    if last.get("from_step") != step:
+        return []
+    typed = {change.split(":")[0] for change in now}
+    return [change for change in last.get("changes", []) if change.split(":")[0] not in typed]
+
+
 def check_shapes(stored: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     """Refuse settings that the checkpoint's tensors do not fit.
 

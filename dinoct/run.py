@@ -30,7 +30,7 @@ from dinoct.models.ssl import SelfDistillation
 from dinoct.optim import build_optimizer
 from dinoct.parallel import Parallel
 from dinoct.plan import RunPlan
-from dinoct.resume import refuse_overtaken
+from dinoct.resume import lost_changes, refuse_overtaken
 from dinoct.rundir import RUNS, RunFolder
 from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import BEHIND_HORIZON, ENDLESS_HORIZON, Schedules
@@ -69,9 +69,9 @@ def execute(plan: RunPlan, parallel: Parallel | None = None) -> Outcome:
         return _follow(plan, hardware, data, parallel)
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place or plan.requeued)
     with folder, run_log(folder.path / "train.log"):
+        if plan.resumes_in_place:
+            refuse_overtaken(plan.cfg.resume, plan.checkpoint)  # not below, where the other's run would become failed
         try:
-            if plan.resumes_in_place:
-                refuse_overtaken(plan.cfg.resume, plan.checkpoint)
             checkpoints.sweep_temporary(folder.path)
             return _train(plan, hardware, data, folder, parallel)
         except (DinoctError, KeyboardInterrupt) as error:
@@ -283,20 +283,12 @@ def _check_before(
         saved_since = checkpoints.later_than(folder.path, checkpoint.step)
         for path in turn_back(folder.path, checkpoint.path, checkpoint.step):
             log.warning("of another branch than the checkpoint that this run goes on from, renamed: %s", path.name)
-        if not saved_since and (lost := _lost_changes(plan, folder)):
+        history = folder.read_config().get("history", [])
+        if not saved_since and (lost := lost_changes(history, checkpoint.step, plan.changes)):
             log.warning(
                 "the last start from step %d ended before a checkpoint, so that these are not set, type them again: %s",
                 checkpoint.step, ", ".join(lost),
             )  # fmt: skip
-
-
-def _lost_changes(plan: RunPlan, folder: RunFolder) -> list[str]:
-    """Settings that were changed when the run last went on from this very step, and are not changed now."""
-    last = (folder.read_config().get("history") or [{}])[-1]
-    if last.get("from_step") != plan.checkpoint.step:
-        return []
-    now = {change.split(":")[0] for change in plan.changes}
-    return [change for change in last.get("changes", []) if change.split(":")[0] not in now]
 
 
 def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:

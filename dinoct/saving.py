@@ -17,6 +17,7 @@ from dinoct import shards
 from dinoct.checkup.machine import Space, ram, size_text
 from dinoct.config import CkptConfig
 from dinoct.console import log
+from dinoct.durable import link
 from dinoct.errors import CheckpointError
 from dinoct.faults import is_out_of_memory
 from dinoct.parallel import Parallel
@@ -191,8 +192,7 @@ class Saver:
         regular = self.folder / checkpoints.checkpoint_name(meta["step"])
         best = self.folder / f"checkpoint_best_{meta['step']:08d}.pth"
         if regular.is_file():
-            with checkpoints.linked(regular, best):
-                pass
+            link(regular, best)
         else:
             checkpoints.verify(self._write(best.name, state, meta))
         for older in self.folder.glob("checkpoint_best_*.pth"):

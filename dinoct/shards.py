@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dinoct.checkpoint import FORMAT, Checkpoint, sync_folder
+from dinoct.checkpoint import FORMAT, Checkpoint
 from dinoct.checksum import file_crc32
+from dinoct.durable import sync_folder
 from dinoct.errors import CheckpointError
 from dinoct.optim import optimizer_state
 from dinoct.parallel import Parallel

@@ -7,7 +7,7 @@ it gets the signal once the state is saved, by `hand_on`.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPING = b"\nfinishing the step, then the state is saved; Ctrl+C again ends at once, without it\n"
@@ -70,7 +70,8 @@ class StopRequest:
         if self.signal == signal.SIGINT and number == signal.SIGINT and not self._patient:
             raise KeyboardInterrupt
         if number == signal.SIGINT and self.signal is None and not self._patient:
-            os.write(2, STOPPING)  # print may be at work where the signal came
+            with suppress(OSError):  # of a terminal that is gone; print may be at work where the signal came
+                os.write(2, STOPPING)
         self.signal = number
 
     @property

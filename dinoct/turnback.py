@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from dinoct import checkpoint as checkpoints
+from dinoct.durable import linking
 from dinoct.errors import CheckpointError
 
 _IN_LINE = re.compile(r"checkpoint(_best|_final)?_(\d{8})\.pth|sharded_(\d{8})")
@@ -30,7 +31,7 @@ def turn_back(folder: Path, going_on: Path, step: int) -> list[Path]:
     if going_on.is_dir() or (regular.is_file() and checkpoints.same_state(regular, going_on)):
         ready = nullcontext()
     else:
-        ready = checkpoints.linked(going_on, regular)
+        ready = linking(going_on, regular)
         of_step = (path for path in folder.iterdir() if _step(path) == step)
         left += [path for path in of_step if not (path.is_file() and checkpoints.same_state(path, going_on))]
     moved = []

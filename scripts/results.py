@@ -49,11 +49,12 @@ def step_left(metrics: Path) -> float | None:
 def judged(run: Run, data_root: str) -> Report:
     """The report of the run's last checkpoint; made by dinoct-eval where it is not there."""
     last = list_checkpoints(run.folder)[-1]
-    found = sorted(run.folder.glob(f"view_retrieval_step{last.stem[-8:]}_N*.json"))
+    reports = f"view_retrieval_step{last.stem[-8:]}_N*[0-9].json"  # not those that others took the place of
+    found = sorted(run.folder.glob(reports))
     if not found:
         arguments = [f"checkpoint='{last}'", f"data.root={data_root}", "hardware=cpu", "hardware.num_workers=0"]
         subprocess.run([sys.executable, "-m", "dinoct.eval", *arguments], check=False, capture_output=True)
-        found = sorted(run.folder.glob(f"view_retrieval_step{last.stem[-8:]}_N*.json"))
+        found = sorted(run.folder.glob(reports))
     return json.loads(found[-1].read_text(encoding="utf-8"))
 
 

@@ -219,6 +219,39 @@ def test_an_evaluation_that_fails_on_one_rank_does_not_hold_up_the_others(phanto
     assert "Eval/mean_percentile_rank" in metrics(workplace / "run")[3]
 
 
+LOST_AT_THE_END = """
+import os
+from dinoct.saving import Saver
+saved_step = Saver.saved_step
+
+def lost(self):
+    if os.environ.get("RANK") == "1":
+        os._exit(9)
+    return saved_step(self)
+
+Saver.saved_step = lost
+if __name__ == "__main__":
+    from dinoct.train import cli
+    cli()
+"""
+
+
+def test_a_rank_that_is_lost_behind_the_last_step_costs_nothing_with_ddp(phantom_root, workplace):
+    (workplace / "lost.py").write_text(LOST_AT_THE_END)
+    typed = [*TINY, f"data.root={phantom_root}", "run_dir=run", *ranks("ddp", 4), "train.max_steps=3", "ckpt.every=2"]
+    process = subprocess.Popen(
+        [sys.executable, "lost.py", *typed],
+        cwd=workplace, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        _, err = process.communicate(timeout=LIMIT_S)
+    finally:
+        end(process)
+    assert process.returncode == 1
+    assert "rank 1 of 2: ended with exit status 9; resume=auto goes on" in err
+    assert checkpoints.load(workplace / "run" / "checkpoint_00000003.pth").step == 3
+
+
 def test_a_stop_is_for_all_ranks(phantom_root, workplace):
     """SIGINT to the whole group, as a terminal sends it: all stop behind the same step, with the state saved."""
     folder = workplace / "run"

@@ -463,6 +463,7 @@ def test_a_process_that_trained_on_until_the_lock_was_free_is_not_turned_back(
         assert run("train", "resume=r", "train.max_steps=6", *here) == 1
     assert "another process went on to" in capfd.readouterr().err
     assert not list(folder.glob("abandoned*"))
+    assert json.loads((folder / "config.json").read_text())["state"] == "done"
     assert run("train", "resume=r", "train.max_steps=6", *here) == 0
 
 

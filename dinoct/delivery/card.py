@@ -218,7 +218,7 @@ def _judgement(card: ModelCard) -> str:
     rows = "".join(f"| {name} | {value:.4g} | {_cell(untrained.get(name))} |\n" for name, value in encoder.items())
     whom = "patients that training did not see"
     if not card.evaluation.get("patients_unseen"):
-        whom = "other data than the run's: **that training did not see these patients was not checked**"
+        whom = "an index or split that is not the run's: **that training did not see these patients was not checked**"
     return (
         f"`{card.evaluation['file']}`: `dinoct-eval` on {whom}. {_judged_in(card)}\n\n"
         f"{verdict}\n"

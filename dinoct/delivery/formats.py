@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoct.checkpoint import sync_folder
 from dinoct.config import ExportConfig
 from dinoct.console import console
 from dinoct.data.pixels import HU_MAX, HU_MIN
 from dinoct.delivery.card import METADATA_KEY, ModelCard, normalisation, to_markdown
 from dinoct.delivery.encoder import HOLDS_ENCODER, Encoder, Features, load_encoder
 from dinoct.delivery.onnx_graph import require_onnx, run_onnx, write_onnx
+from dinoct.durable import sync_folder
 from dinoct.errors import ConfigError, DinoctError
 
 TOLERANCE = 1e-4  # largest difference of a feature between the checkpoint and its export; features are of order 1

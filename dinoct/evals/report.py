@@ -34,6 +34,8 @@ from dinoct.shards import is_sharded
 from dinoct.tracking import track_evaluation
 from dinoct.validate import validate_probe, validate_rules
 
+UNSAID = ("batch_size", "labels", "masks")  # paths may hold names
+
 
 def evaluate(cfg: EvalConfig) -> int:
     """Judge the EMA teachers of one or several checkpoints on the validation patients, in the probe's windows.
@@ -77,7 +79,7 @@ def find_checkpoints(value: Any) -> list[Path]:
         inside = checkpoints.list_checkpoints(path)
         if not inside:
             hint = "; resume it with parallel=none, which writes one file" if is_sharded(path) else ""
-            if others := sorted(path.glob("*.pth")):
+            if not hint and (others := sorted(path.glob("*.pth"))):
                 hint = f"; name one of its other files, such as checkpoint={others[-1]}"
             raise ConfigError(f"checkpoint: there is no checkpoint_STEP.pth in {path}{hint}")
         found += inside
@@ -134,7 +136,7 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
         "data_manifest_hash": checkpoint.meta["data_manifest_hash"],
         "judged_on": judged_on,
         "patients_unseen": unseen,
-        "settings": {key: value for key, value in asdict(cfg.probe).items() if key != "batch_size"},
+        "settings": {key: value for key, value in asdict(cfg.probe).items() if key not in UNSAID},
         "window": asdict(cfg.probe.window),
         **judged,
     }
