@@ -564,6 +564,28 @@ def test_eval_refuses_patients_that_were_trained_on(phantom_root, workplace, cap
     assert "validation patients were trained on" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_neither_report_nor_picture_claims_unseen_patients_where_the_split_is_another(
+    phantom_root, workplace, capfd, monkeypatch, own
+):
+    from dinoct.evals import picture
+
+    titles, draw = [], picture.new_figure
+    monkeypatch.setattr(picture, "new_figure", lambda *size: titles.append(size[-1]) or draw(*size))
+    assert train(phantom_root, workplace / "run", "train.max_steps=1") == 0
+    manifest = json.loads((phantom_root / "_splits" / "val30_seed0.json").read_text())
+    if not own:
+        manifest["train"].append(manifest["val"].pop())
+    (workplace / "split.json").write_text(json.dumps(manifest))
+    capfd.readouterr()
+    typed = ["checkpoint=run/checkpoint_00000001.pth", "data.split_manifest=split.json", "probe=view_retrieval"]
+    assert run("eval", *typed, "hardware=cpu", "hardware.num_workers=0", "n=6") in (0, 2)
+    report = json.loads((workplace / "run" / "view_retrieval_step00000001_N6.json").read_text())
+    assert report["patients_unseen"] is own
+    assert ("that training never saw" in titles[0]) is own
+    assert ("index or split differ" in capfd.readouterr().out) is not own
+
+
 def test_a_run_from_another_makers_card_says_so_and_takes_this_machines_settings(phantom_root, workplace, capfd):
     """A checkpoint as a card would have left it: other platform, its own generator's state, other workers."""
     folder = workplace / "run"

@@ -18,7 +18,7 @@ def draw_summary(report: dict[str, Any], path: Path) -> None:
         WIDTH,
         HEIGHT,
         f"{report['checkpoint']}, step {report['step']}: {verdict}. Judged on {report['n']} slices of "
-        f"{counted_patients(report)} that training never saw (data {report['data_manifest_hash']}).",
+        f"{counted_patients(report)}{_seen([report])} (data {report['judged_on']}).",
     )
     _retrieval(axes_at(figure, 0.9, 4.35, 3.4, 2.3), report)
     _spectrum(axes_at(figure, 0.9, 0.7, 3.4, 2.5), report)
@@ -86,9 +86,15 @@ def _probe_panels(figure: Any, probes: dict[str, Any]) -> None:
     figure.text(5.0 / WIDTH, 1.0 / HEIGHT, says, fontsize=TINY, wrap=True)
 
 
+def _seen(reports: Sequence[dict[str, Any]]) -> str:
+    if all(report["patients_unseen"] for report in reports):
+        return " that training never saw"
+    return ", of which it was not checked whether training saw them"
+
+
 def draw_curve(reports: Sequence[dict[str, Any]], path: Path) -> None:
     """Mean percentile rank, top1 and effective rank over the steps of a run, with the baselines, as a PNG."""
-    figure = new_figure(12.6, 4.0, f"{len(reports)} checkpoints, {reports[-1]['n']} slices that training never saw")
+    figure = new_figure(12.6, 4.0, f"{len(reports)} checkpoints, {reports[-1]['n']} slices{_seen(reports)}")
     steps = [report["step"] for report in reports]
     for place, (key, title) in enumerate(
         (
