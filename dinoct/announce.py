@@ -1,8 +1,13 @@
 """What a training command says before it starts: what is about to run, and what `auto` chose."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from dinoct.console import log
+from dinoct.data.index import SliceIndex
+from dinoct.data.splits import few_held_out
 from dinoct.hardware import Hardware
 from dinoct.plan import RunPlan
 from dinoct.schedules import BEHIND_HORIZON
@@ -10,7 +15,7 @@ from dinoct.validate import EIGHT_BIT, teach
 
 
 def announce(
-    plan: RunPlan, hardware: Hardware, *, parameters: int, slices: tuple[int, int], horizon: int, notes: list[str]
+    plan: RunPlan, hardware: Hardware, *, parameters: int, data: Sequence[SliceIndex], horizon: int, notes: list[str]
 ) -> None:
     """Log the run's machine, model, data, length, warnings and, where it goes on from a checkpoint, what changed.
 
@@ -18,7 +23,7 @@ def announce(
         plan: of the run.
         hardware: as it was filled.
         parameters: weights of the backbone.
-        slices: to train on, and held out.
+        data: slices to train on, and held out.
         horizon: length of the schedules in steps.
         notes: what starting from other weights changed.
     """
@@ -29,7 +34,13 @@ def announce(
         "model %s: %.1f M parameters, patch %d, %d px",
         cfg.model.name, parameters / 1e6, cfg.model.patch, cfg.model.img_size,
     )  # fmt: skip
-    log.info("data: %d slices to train on, %d held out; views: %s", *slices, cfg.aug.name)
+    (train, patients), (held, held_patients) = ((len(index), len(np.unique(index.patient))) for index in data)
+    log.info(
+        "data: %d slices of %d patients to train on, %d of %d held out; views: %s",
+        train, patients, held, held_patients, cfg.aug.name,
+    )  # fmt: skip
+    if few := few_held_out(held_patients):
+        log.warning(few)
     log.info(
         "steps: %s; effective batch %d; schedules over %d steps; ln K %.4f",
         cfg.train.max_steps or "no limit, Ctrl+C saves and stops",

@@ -96,6 +96,7 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
         validate(cfg)
     else:
         _resumed(plan, composed, overrides=list(hydra.overrides.task))
+    plan.warnings += _experiment_over_choices(choices, composed, list(hydra.overrides.task))
     if sweep and plan.cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
         plan.cfg.eval.every = plan.cfg.train.max_steps
     return plan
@@ -109,6 +110,25 @@ def _typed(overrides: list[str]) -> frozenset[str]:
 
             keys |= set(typed_below(override))
     return frozenset(keys)
+
+
+def _experiment_over_choices(choices: dict[str, str], composed: DictConfig, overrides: list[str]) -> list[str]:
+    """A warning for each ``GROUP=CHOICE`` that was typed beside an experiment whose own keys go over it."""
+    names = [override.split("=", 1)[0] for override in overrides]
+    typed = [group for group in OWN_GROUPS if group in names]
+    if not typed or "experiment" not in names:
+        return []
+    from dinoct.resume import flatten
+
+    without = compose("train", [override for override in overrides if not override.startswith("experiment=")])
+    found = []
+    for group in typed:
+        chosen, taken = flatten(without[group]), flatten(composed[group])
+        kept = [f"{group}.{key}={taken[key]}" for key in taken if taken[key] != chosen[key]]
+        if kept:
+            experiment = f"experiment={choices['experiment']}"
+            found.append(f"{experiment} goes over {group}={choices[group]}: {' '.join(kept)}; type those to change them")
+    return found
 
 
 def _find_job(plan: RunPlan, job: str) -> None:

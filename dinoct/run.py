@@ -257,7 +257,7 @@ def _announce(plan: RunPlan, hardware: Hardware, parts: _Parts, data: tuple) -> 
         plan,
         hardware,
         parameters=parameter_count(parts.model.student.backbone),
-        slices=(len(data[0]), len(data[1])),
+        data=data[:2],
         horizon=parts.horizon,
         notes=parts.notes,
     )

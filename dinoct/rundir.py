@@ -1,6 +1,5 @@
 """The folder of a run: created exclusively, locked while a process writes it, described by its config.json."""
 
-import fcntl
 import json
 import os
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoct.errors import ConfigError
+from dinoct.locking import lock
 
 RUNS = Path("outputs/runs")
 
@@ -46,7 +46,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self._lock = open(self.path / ".lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, self.path)
         except BlockingIOError as error:
             raise ConfigError(
                 f"another process is training in {self.path}: stop it, or take another run_dir"

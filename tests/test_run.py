@@ -1,6 +1,7 @@
 """Whole runs: what lands in the folder, and that a run which was interrupted equals one which was not."""
 
 import csv
+import errno
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ import torch
 from commands import TINY, losses, metrics, run, start
 
 from dinoct import checkpoint as checkpoints
+from dinoct.console import log
 from dinoct.stopping import STOPPING
 
 
@@ -321,6 +323,25 @@ def test_two_trainers_do_not_share_a_folder(phantom_root, workplace, capfd):
     with RunFolder.create(str(folder)):
         assert train(phantom_root, folder, "train.max_steps=1") == 1
     assert "another process is training in" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_is_warned_of(phantom_root, workplace, caplog, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    log.addHandler(caplog.handler)
+    assert train(phantom_root, workplace / "run", "train.max_steps=1") == 0
+    log.removeHandler(caplog.handler)
+    assert "run has no locks: see to it that no other process writes there" in caplog.text
+
+
+def test_an_experiment_that_goes_over_a_typed_choice_says_so(phantom_root, workplace, capfd):
+    assert train(phantom_root, workplace / "run", "train.max_steps=1", "model=vit-tiny", "model.depth=3") == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "experiment=demo goes over model=vit-tiny: model.name=demo model.heads=4 model.registers=0; type" in said
+    assert train(phantom_root, workplace / "other", "train.max_steps=1", "aug=multicrop", "aug.local_size=16") == 0
+    assert "goes over" not in capfd.readouterr().out
 
 
 def test_a_finished_run_is_not_overwritten(phantom_root, workplace, capfd):

@@ -20,6 +20,7 @@ from dinoct.config import DataConfig, DoctorConfig, TrackerConfig
 from dinoct.console import progress
 from dinoct.data.dataset import data_paths, open_split
 from dinoct.data.index import SliceIndex
+from dinoct.data.splits import few_held_out
 from dinoct.data.store import SliceStore, checksum
 from dinoct.errors import DinoctError
 from dinoct.rundir import RUNS
@@ -115,13 +116,11 @@ def data(cfg: DataConfig, *, named: bool, verify: bool = False) -> Iterator[Find
     )
     held = len(np.unique(val.patient))
     yield Finding(
-        OK if held > 1 else WARN,
+        WARN if few_held_out(held) else OK,
         "split",
         f"{data_paths(cfg)[1].name}: {len(np.unique(train.patient))} patients with {len(train)} slices to train on, "
         f"{held} with {len(val)} held out",
-        ""
-        if held > 1
-        else "one held-out patient proves nothing: dinoct-prepare with split.val_fraction or val_patients",
+        few_held_out(held),
     )
     if verify:
         yield whole_store(train.join(val), store)

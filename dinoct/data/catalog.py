@@ -20,6 +20,7 @@ from dinoct.data.files import FileRef, Source
 from dinoct.data.header import SliceHeader
 from dinoct.data.series import SliceRef
 from dinoct.data.store import STORE_FORMAT
+from dinoct.locking import has_record_locks
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (  -- kind, reason: why the file as a whole gave nothing; place: where a link showed it
@@ -82,7 +83,10 @@ class Catalog:
     def __init__(self, path: Path):
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         path.chmod(0o600)
-        self.db = sqlite3.connect(path)
+        if has_record_locks(path.parent):
+            self.db = sqlite3.connect(path)
+        else:
+            self.db = sqlite3.connect(f"{path.resolve().as_uri()}?vfs=unix-none", uri=True)
         self.db.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten and not only unlinked
         self.db.executescript(_SCHEMA)
         for name, kind in (("member", "TEXT"), ("place", "BLOB")):  # a catalog from before there was one

@@ -16,6 +16,7 @@ from dinoct.data.masks import write_masks
 from dinoct.data.pipeline import PrepareOptions, PrepareReport, Progress, explain, prepare_dataset
 from dinoct.data.privacy import private_folder, write_salt
 from dinoct.data.sources import require
+from dinoct.data.splits import few_held_out
 from dinoct.errors import ConfigError
 
 
@@ -141,6 +142,11 @@ def _print_report(report: PrepareReport) -> None:
     )
     console.print(f"index {report.index_csv}", markup=False)
     console.print(f"split {report.split_manifest}", markup=False)
+    console.print(
+        f"  {report.patients_train} patients to train on, {report.patients_held_out} held out", markup=False
+    )
+    if few := few_held_out(report.patients_held_out):
+        console.print(f"  WARNING: {few}")
     if report.named_kept:
         console.print(
             f"  held out by name in an earlier run, and kept: {report.named_kept}; split.val_patients=[] ends that",

@@ -80,6 +80,8 @@ class PrepareReport:
     refused_ct_fraction: float
     index_csv: Path
     split_manifest: Path
+    patients_train: int
+    patients_held_out: int
     index_hash: str
     seconds: float
     bytes_in: int

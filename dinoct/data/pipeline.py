@@ -238,6 +238,8 @@ def _report(run: _Run) -> PrepareReport:
         refused_ct_fraction=fraction,
         index_csv=tables.index_csv,
         split_manifest=publish_split(run.root, index, split, options),
+        patients_train=len(split.train),
+        patients_held_out=len(split.val),
         index_hash=index.content_hash(),
         seconds=time.monotonic() - run.started,
         bytes_in=run.bytes_in,

@@ -5,7 +5,6 @@ to paths live in `ROOT/_private`, which only the owner can read. Without the sal
 guessed PatientID, which a plain hash would allow (there are few possible medical record numbers).
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dinoct.errors import DinoctError
+from dinoct.locking import lock
 
 SALT_BYTES = 32
 KEY_PATTERN = re.compile(r"[0-9a-f]{16}")
@@ -33,9 +33,9 @@ def private_folder(root: Path) -> Path:
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Keep other processes from writing into `root`. Raises DinoctError where one is at it."""
-    with os.fdopen(os.open(private_folder(root) / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
+    with os.fdopen(os.open(private_folder(root) / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as handle:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, even after kill -9
+            lock(handle, root)
         except BlockingIOError:
             raise DinoctError(f"another prepare is at work on {root}") from None
         yield

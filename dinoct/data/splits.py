@@ -16,12 +16,23 @@ from dinoct.data.index import SliceIndex, atomic_text
 from dinoct.errors import DinoctError
 
 GROUP_KEY = "patient"
+ENOUGH_PATIENTS = 5  # docs/results.md: with three, two of three seeds fail for want of patients
 
 
 def patient_draw(patient: str, seed: int) -> float:
     """Map (patient key, seed) to a number in [0, 1): below the fraction means validation."""
     digest = hashlib.blake2b(f"{seed}:{patient}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2.0**64
+
+
+def few_held_out(patients: int) -> str:
+    """What so few held-out patients mean for a verdict, and what to do; empty where they are enough."""
+    if patients >= ENOUGH_PATIENTS:
+        return ""
+    cure = f"hold out {ENOUGH_PATIENTS} or more: dinoct-prepare with split.val_fraction or split.val_patients"
+    if patients == 1:
+        return f"one held-out patient proves nothing, and dinoct-eval will not pass; {cure}"
+    return f"with {patients} held-out patients dinoct-eval may fail a good encoder; {cure}"
 
 
 def make_split(

@@ -18,6 +18,7 @@ import pytest
 import synthetic_dicom
 from synthetic_dicom import body, enhanced, save, write_misbehaving, write_series, write_slice
 
+from dinoct.console import log
 from dinoct.data import dicom, files, jobs
 from dinoct.data.dataset import read_slice
 from dinoct.data.index import SliceIndex
@@ -462,6 +463,22 @@ def test_scans_without_a_patient_are_counted(tmp_path, root):
         prepare(tmp_path / "in", root)
     write_series(tmp_path / "in" / "c", 2, patient="P1")
     assert prepare(tmp_path / "in", root).series_nameless == 2
+
+
+def test_a_file_system_without_locks_is_prepared_on(source, root, monkeypatch, caplog, tmp_path):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    with_locks = tmp_path / "with_locks"
+    write_salt(with_locks, SALT)
+    prepare(source, with_locks)
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(f"fcntl.{name}", no_locks)
+    log.addHandler(caplog.handler)
+    prepare(source, root)
+    log.removeHandler(caplog.handler)
+    assert "has no locks" in caplog.text
+    assert fingerprint(root) == fingerprint(with_locks)
 
 
 def test_validation_patients_by_raw_id_or_by_key(source, root):
