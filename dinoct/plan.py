@@ -126,8 +126,8 @@ def _experiment_over_choices(choices: dict[str, str], composed: DictConfig, over
         chosen, taken = flatten(without[group]), flatten(composed[group])
         kept = [f"{group}.{key}={taken[key]}" for key in taken if taken[key] != chosen[key]]
         if kept:
-            experiment = f"experiment={choices['experiment']}"
-            found.append(f"{experiment} goes over {group}={choices[group]}: {' '.join(kept)}; type those to change them")
+            over = f"experiment={choices['experiment']} goes over {group}={choices[group]}"
+            found.append(f"{over}: {' '.join(kept)}; type those to change them")
     return found
 
 
