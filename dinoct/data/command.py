@@ -142,9 +142,7 @@ def _print_report(report: PrepareReport) -> None:
     )
     console.print(f"index {report.index_csv}", markup=False)
     console.print(f"split {report.split_manifest}", markup=False)
-    console.print(
-        f"  {report.patients_train} patients to train on, {report.patients_held_out} held out", markup=False
-    )
+    console.print(f"  {report.patients_train} patients to train on, {report.patients_held_out} held out", markup=False)
     if few := few_held_out(report.patients_held_out):
         console.print(f"  WARNING: {few}")
     if report.named_kept:
