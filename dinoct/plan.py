@@ -29,7 +29,7 @@ class RunPlan:
     run_dir: str | None  # null: a new folder under outputs/runs
     sweep: str | None = None  # the sweep's name, which groups its runs
     job: str | None = None  # of a cluster's scheduler: the same when it is started again
-    requeued: bool = False  # that job was in run_dir before: pre-empted, or out of time
+    requeued: bool = False  # this job of a sweep was in run_dir before: pre-empted, out of time, killed
     checkpoint: "Checkpoint | None" = None
     typed: frozenset[str] = frozenset()  # keys on the command line
     warnings: list[str] = field(default_factory=list)
@@ -88,8 +88,9 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
         run_dir, sweep = hydra.runtime.output_dir, str(hydra.sweep.dir).rstrip("/").rsplit("/", 1)[-1]
     plan = RunPlan(cfg, command, choices, run_dir, sweep, typed=_typed(list(hydra.overrides.task)))
     check_parallel(plan)
-    if sweep and "SUBMITIT_EXECUTOR" in os.environ:
-        _find_job(plan, f"{os.environ['SUBMITIT_EXECUTOR']} {hydra.job.id}")
+    if sweep:
+        executor = os.environ.get("SUBMITIT_EXECUTOR")
+        _find_job(plan, f"{executor} {hydra.job.id}" if executor else None, hydra_overrides=list(hydra.overrides.hydra))
     if cfg.replay is not None:
         cfg.resume = cfg.replay
     if cfg.resume is None:
@@ -131,14 +132,33 @@ def _experiment_over_choices(choices: dict[str, str], composed: DictConfig, over
     return found
 
 
-def _find_job(plan: RunPlan, job: str) -> None:
-    """A job that was requeued goes on in its folder, or starts again where no checkpoint had been written yet."""
+def _find_job(plan: RunPlan, job: str | None, *, hydra_overrides: list[str]) -> None:
+    """A job of a sweep that is started again goes on in its folder, or anew where no checkpoint had been written yet.
+
+    Args:
+        plan: whose job and resume are filled in.
+        job: as the cluster's scheduler knows it; it is the same when it was requeued. Another goes on by
+            ``resume=auto``, which in a sweep means each job's own folder.
+        hydra_overrides: Hydra's own as typed: they name the sweep that goes on.
+    Raises:
+        ConfigError: for ``resume=auto`` in a sweep without a name, and for a folder that holds a run without it.
+    """
+    again = plan.cfg.resume == "auto"
+    if again and not any(override.startswith("hydra.sweep.dir=") for override in hydra_overrides):
+        raise ConfigError("resume=auto in a sweep goes on with that sweep: name it, hydra.sweep.dir=outputs/sweeps/ID")
     folder = RunFolder(Path(plan.run_dir))
-    plan.job, plan.requeued = job, folder.read_config().get("job") == job
+    before = folder.read_config()
+    plan.job, plan.requeued = job, bool(before) if again else job is not None and before.get("job") == job
     if plan.requeued:
         from dinoct.resume import has_checkpoint
 
-        plan.cfg.resume = str(folder.path) if has_checkpoint(folder.path) else plan.cfg.resume
+        plan.cfg.resume = str(folder.path) if has_checkpoint(folder.path) else None if again else plan.cfg.resume
+    elif before:
+        raise ConfigError(
+            f"{folder.path} holds a run already: resume=auto goes on with a sweep, or take another folder"
+        )
+    elif again:
+        plan.cfg.resume = None
 
 
 def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> None:

@@ -66,6 +66,33 @@ def test_another_job_does_not_go_on_in_the_folder(phantom_root, workplace, monke
     assert "holds a run already" in capfd.readouterr().err
 
 
+def test_a_sweep_goes_on_with_what_is_left_of_it(phantom_root, workplace, capfd):
+    """Of its jobs one was done, one was killed behind its second step, one had no checkpoint, one had not begun."""
+    typed = ["-m", *TINY, "train.max_steps=3", "ckpt.every=1", f"data.root={phantom_root}", "hydra.sweep.dir=sweep"]
+    assert run("train", *typed, "seed=0,1,2") == 0
+    done, killed, empty = sorted(path for path in (workplace / "sweep").iterdir() if path.is_dir())
+    whole = {folder: metrics(folder) for folder in (done, killed, empty)}
+    for path in [*empty.glob("checkpoint_*"), *killed.glob("checkpoint_[bf]*"), killed / "checkpoint_00000003.pth"]:
+        path.unlink()
+    assert run("train", *typed, "seed=0,1,2,3") == 1
+    assert "holds a run already: resume=auto goes on with a sweep" in capfd.readouterr().err
+    assert run("train", *typed, "seed=0,1,2", "resume=auto") == 0
+    said = capfd.readouterr().out
+    assert said.count("this job was done before: train.max_steps=3 is reached") == 1
+    assert said.count("resuming at step 2 from") == 1
+    assert [config(folder)["history"][-1]["from_step"] for folder in (done, killed, empty)] == [3, 2, 0]
+    for folder, rows in whole.items():
+        again = metrics(folder)
+        assert [row["step"] for row in again] == [1, 2, 3]
+        assert [row["loss/total"] for row in again] == [row["loss/total"] for row in rows]
+        assert again[-1]["Eval/mean_percentile_rank"] == rows[-1]["Eval/mean_percentile_rank"]
+
+
+def test_going_on_with_a_sweep_needs_its_name(phantom_root, workplace, capfd):
+    assert run("train", "-m", *TINY, f"data.root={phantom_root}", "seed=0", "resume=auto") == 1
+    assert "name it, hydra.sweep.dir=outputs/sweeps/ID" in capfd.readouterr().err
+
+
 def test_the_launcher_for_slurm_takes_what_the_guide_names(workplace, capfd):
     settings = {"partition": "gpu", "timeout_min": 1440, "gpus_per_node": 1, "cpus_per_task": 9, "max_num_timeout": 20}
     typed = [f"hydra.launcher.{key}={value}" for key, value in settings.items()]
