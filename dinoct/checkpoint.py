@@ -131,10 +131,12 @@ def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        from dinoct.shards import read
+        from dinoct.shards import is_sharded, read
 
         if inside := list_checkpoints(path):
             raise CheckpointError(f"{path} is a run folder: name one of its checkpoints, such as {inside[-1]}")
+        if not is_sharded(path) and not path.name.startswith("sharded_"):
+            raise CheckpointError(f"{path} is a folder without checkpoints: name a checkpoint's file")
         return read(path)
     if path.suffix == ".safetensors" and path.is_file():
         raise CheckpointError(f"{path} is an exported encoder: name the checkpoint (.pth) that it was made of")

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped key answer at on
 """
 
 import difflib
+import errno
 import io
 import os
 import re
@@ -103,6 +104,11 @@ def complain(error: Exception, schema: type) -> int:
         message = explain_config_error(error, schema, sys.argv[1:])
     elif isinstance(error, OSError) and (typed := typed_place(error, sys.argv[1:])):
         message = f"{typed} cannot be written or read: {error.strerror}: {os.fsdecode(error.filename)}"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        key = next(key for key in ("out", "run_dir", "data.root") if key in option_keys(schema))
+        typed = next((argument for argument in sys.argv[1:] if argument.startswith(f"{key}=")), None)
+        place = f"elsewhere than {typed}" if typed else f"elsewhere, by {key}=..."
+        message = f"{error.strerror}: free some, or write {place}"
     else:
         message = f"{type(error).__name__}: {error} (DINOCT_TRACEBACK=1 shows where)"
     words = {"phantom", *(word for key in option_keys(schema) for word in key.split("."))}

@@ -1,5 +1,6 @@
 """Typed wrong: exit status 1 and one clear line. Judged and drawn: the files and exit statuses of the contract."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def trained(phantom_root, tmp_path_factory):
         ([], ["checkpoint is needed"]),
         (["checkpoint=/nowhere.pth"], ["there is no checkpoint at /nowhere.pth"]),
         (["checkpoint={text}"], ["not a dinoct checkpoint"]),
+        (["checkpoint=."], ["checkpoint: there is no checkpoint_STEP.pth in ."]),
         (["checkpoint={good}", "model=vit-large"], ["model=vit-large", "this one holds demo (patch 16, 32/2/4)"]),
         (["checkpoint={good}", "n=1"], ["n must be at least 2"]),
         (["checkpoint={good}", "hardware.batch_size=0"], ["hardware.batch_size must be at least 1"]),
@@ -131,6 +133,18 @@ def test_a_place_that_cannot_be_written_names_its_key(trained, workplace, capfd,
     assert run(command, *typed) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: {typed[-1]} cannot be written or read: ")
+
+
+@pytest.mark.parametrize("command", ["eval", "monitor"])
+def test_a_full_disk_names_the_place_to_change(trained, workplace, capfd, monkeypatch, command):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert run(command, f"checkpoint={trained}", "out=look") == 1
+    err = capfd.readouterr().err
+    assert "error: No space left on device: free some, or write elsewhere than out=look" in err
 
 
 def test_eval_writes_its_verdict_beside_the_checkpoint(trained, workplace, capfd):

@@ -122,6 +122,17 @@ def test_wrong_input_to_embed(exported, phantom_root, workplace, capfd, argument
     assert Path("taken.npz").read_text() == "old"
 
 
+def test_too_many_rejects_point_to_no_list_that_is_gone(exported, phantom_root, workplace, capfd):
+    shutil.copytree(phantom_root / "dicom", "damaged")
+    for file in sorted(path for path in Path("damaged").rglob("*") if path.is_file())[:40]:
+        file.write_bytes(file.read_bytes()[:2000])
+    arguments = [f"checkpoint={exported}", "source=damaged", "out=f.npz", "prepare.max_reject_fraction=0.1"]
+    assert run("embed", *arguments, "hardware=cpu", "hardware.num_workers=0", "prepare.workers=0") == 1
+    err = capfd.readouterr().err
+    assert "prepare.max_reject_fraction=0.1; data.root=NEW keeps a list of them" in err
+    assert "rejects.csv" not in err
+
+
 def test_a_signal_takes_the_temporary_set_along(exported, phantom_root, workplace, monkeypatch):
     """It holds the salt and the paths: a job that is cancelled must not leave it in a shared folder."""
     monkeypatch.setenv("TMPDIR", str(workplace))

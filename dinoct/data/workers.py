@@ -6,6 +6,7 @@ orphaned or not. The pool then names the step that was lost, starts another work
 submit the rest again.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -213,7 +214,9 @@ def serve(connection: Connection, at: c_longlong, parent: int, timeout_s: float,
             answer = ("memory", None)
         except Exception as error:
             reason = getattr(error, "strerror", None) or type(error).__name__  # its text may quote a path
-            answer = ("failed", f"a worker failed: {reason} (0 workers show where)")
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            cure = "free some on the disk of data.root" if full else "prepare.workers=0 shows where"
+            answer = ("failed", f"a worker failed: {reason} ({cure})")
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             connection.send(answer)

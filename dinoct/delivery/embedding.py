@@ -24,7 +24,7 @@ from dinoct.config import EmbedConfig
 from dinoct.console import console, progress
 from dinoct.data.dataset import read_slice, start_worker
 from dinoct.data.index import SliceIndex
-from dinoct.data.options import NoSplit
+from dinoct.data.options import NoSplit, PrepareError
 from dinoct.data.pipeline import PrepareOptions, Progress, prepare_dataset
 from dinoct.data.sources import require
 from dinoct.data.store import SliceStore
@@ -104,7 +104,13 @@ def prepared(cfg: EmbedConfig, sources: list[Path]) -> Iterator[Path]:
         yield Path(cfg.data.root)
     else:
         with tempfile.TemporaryDirectory(prefix="dinoct-embed-") as folder:  # only its owner can look into it
-            prepare(cfg, sources, Path(folder))
+            try:
+                prepare(cfg, sources, Path(folder))
+            except PrepareError as error:  # the list of rejects goes with the folder
+                text = str(error).replace(
+                    f"all are in {folder}/_index/rejects.csv", "data.root=NEW keeps a list of them"
+                )
+                raise PrepareError(text) from error
             yield Path(folder)
 
 

@@ -139,13 +139,21 @@ def largest_difference(a: Features, b: Features) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
+def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, path, metadata=metadata)
+    except SafetensorError as error:  # what the disk refused
+        raise DinoctError(f"out: cannot write {path.name}: {error}") from error
+
+
 # ---- dinoct's own
 
 
 def _write_own(path: Path, encoder: Encoder, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(encoder.backbone.state_dict(), path, metadata=metadata)
+    _save(encoder.backbone.state_dict(), path, metadata)
 
 
 def _read_own(path: Path, _: Encoder, hu: Tensor) -> Features:
@@ -190,9 +198,7 @@ def timm_arguments(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_timm(path: Path, encoder: Encoder, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(encoder.backbone.vit.state_dict(), path, metadata=metadata)
+    _save(encoder.backbone.vit.state_dict(), path, metadata)
 
 
 def _read_timm(path: Path, encoder: Encoder, hu: Tensor) -> Features:

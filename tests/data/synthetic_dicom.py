@@ -139,3 +139,7 @@ def write_misbehaving(job: jobs.SeriesJob, step: jobs.StepHook) -> jobs.SeriesRe
             misbehave(job.sources[i].path)
 
     return jobs.write_series(job, hook)
+
+
+def write_to_a_full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")

@@ -734,6 +734,12 @@ def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(tmp_path, bigger, root
     assert report.slices_new < 180
 
 
+def test_a_disk_that_fills_under_the_workers_names_its_key(source, root, monkeypatch):
+    monkeypatch.setattr(jobs, "write_series", synthetic_dicom.write_to_a_full_disk)
+    with pytest.raises(PrepareError, match=r"No space left on device \(free some on the disk of data.root\)"):
+        prepare(source, root, 1)
+
+
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(source, root, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
