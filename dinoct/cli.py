@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that `--help` and a mistyped key answer at once.
 """
 
+import argparse
 import difflib
 import errno
 import io
@@ -30,6 +31,15 @@ from omegaconf.errors import OmegaConfBaseException
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.legacy import quote
 from dinoct.stopping import hand_on
+
+if hasattr(argparse.ArgumentParser, "_check_help"):  # Python 3.14 reads help texts when they are added to a parser,
+    _check_help = argparse.ArgumentParser._check_help  # and Hydra 1.3 has one that is none before it is shown
+
+    def _check_text(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if isinstance(action.help, str):
+            _check_help(parser, action)
+
+    argparse.ArgumentParser._check_help = _check_text
 
 DONE, ERROR, FAILED = 0, 1, 2
 _TEXTS = (str, str | None, list[str], list[str] | None, Any)
