@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -152,15 +153,48 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused_before_the_run(phant
     assert "free some space" in capfd.readouterr().err
 
 
+def loader_workers(pid: int) -> list[int]:
+    """The processes below one, without the servers that Python puts between (a fork server, a tracker)."""
+    below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    found = [worker for child in below for worker in loader_workers(child) or [child]]
+    return [worker for worker in found if b"resource_tracker" not in Path(f"/proc/{worker}/cmdline").read_bytes()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the defaults before Python 3.14 and from there on
+def test_kill_9_leaves_no_loader_worker(phantom_root, workplace, method):
+    code = f"import multiprocessing as m; m.set_start_method({method!r}); from dinoct.train import cli; cli()"
+    command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=100000", "hardware.num_workers=2"]
+    process = subprocess.Popen([sys.executable, "-c", code, *command], cwd=workplace, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_step(process, workplace / "run", 3)
+        workers = loader_workers(process.pid)
+        assert len(workers) == 2
+    finally:
+        process.kill()
+        process.wait()
+    until = time.monotonic() + 60
+    while any(map(is_alive, workers)) and time.monotonic() < until:
+        time.sleep(0.2)
+    left = [worker for worker in workers if is_alive(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
 def test_a_killed_loader_worker_costs_nothing(phantom_root, workplace, whole):
     folder = workplace / "run"
     command = [*TINY, f"data.root={phantom_root}", "run_dir=run", "train.max_steps=40", "hardware.num_workers=1"]
     process = start("train", *command, cwd=workplace)
     try:
         wait_for_step(process, folder, 5)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        workers = [int(c) for c in children if b"dinoct.train" in Path(f"/proc/{c}/cmdline").read_bytes()]
-        os.kill(workers[0], signal.SIGKILL)
+        os.kill(loader_workers(process.pid)[0], signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -1,5 +1,6 @@
 """Index rows to batches of views. Order and augmentation are pure functions of (seed, position)."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,11 +170,16 @@ def train_loader(
 
 
 def start_worker(_: int) -> None:
-    """Settle a loader worker: signals are the parent's business, one thread is enough."""
+    """Settle a loader worker: signals are the parent's business, one thread is enough, and none outlives the run."""
     import signal
+    from multiprocessing import parent_process
+    from threading import Thread
 
     import cv2
 
+    # torch looks whether the process above has changed, which is a fork server's where workers come from one (the
+    # default from Python 3.14 on): of a run that is killed all would stay.
+    Thread(target=_end_with, args=(parent_process().sentinel,), daemon=True).start()
     # Ctrl+C, a hang-up and Slurm's SIGTERM reach every process of a group; the parent alone decides when to stop, and a
     # worker that died first would end its step. torch ends stragglers by SIGTERM, so it does end a worker, later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -184,3 +190,10 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _end_with(run: int) -> None:
+    from multiprocessing.connection import wait
+
+    wait([run])
+    os._exit(1)
