@@ -79,6 +79,10 @@ class TensorBoard:
         self.writer.close()
 
 
+# W&B reports exceptions, whose tracebacks quote paths, and its own use to its makers, from offline runs too.
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
 class Wandb:
     """W&B, offline unless asked otherwise; argv, paths and the host's name are not recorded."""
 

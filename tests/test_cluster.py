@@ -3,8 +3,8 @@
 import json
 import os
 import signal
-import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from commands import TINY, metrics, run, start
@@ -119,7 +119,7 @@ def test_two_jobs_of_the_local_launcher_of_which_one_is_preempted(phantom_root, 
         time.sleep(0.1)
     folder = begun[0].parent
     job = config(folder)["job"].split()[1]
-    (task,) = subprocess.run(["pgrep", "-P", job], capture_output=True, text=True, check=True).stdout.split()
+    (task,) = Path(f"/proc/{job}/task/{job}/children").read_text().split()
     os.kill(int(task), signal.SIGUSR2)  # as Slurm does before it takes the machine away
     out, err = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, err

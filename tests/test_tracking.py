@@ -1,6 +1,8 @@
 """One record in three places; what fails beside the run does not end it."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,23 @@ def logged(tmp_path) -> Path:
             tracker.log(step, {"loss/total": 1.0 / step, "Train/Entropy_Teacher": 2.0})
         tracker.close()
     return tmp_path
+
+
+def test_an_offline_run_calls_nobody(phantom_root, workplace):
+    """Every request would pass the proxy: W&B's service has one of its own language, and takes it too."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        proxies = {key: address for name in names for key in (name, name.lower())}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k.lower() != "no_proxy"}
+        command = [*TINY, f"data.root={phantom_root}", "train.max_steps=2", "tracker.wandb=offline"]
+        ended = subprocess.run(
+            [sys.executable, "-m", "dinoct.train", *command], env=environment | proxies, capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
+        proxy.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def test_metrics_of_a_resumed_run_hold_each_step_once(logged):
