@@ -66,9 +66,7 @@ def _announce_resume(plan: RunPlan, hardware: Hardware) -> None:
     for line in plan.changes:
         log.info("  changed: %s", line)
     limit = plan.cfg.train.max_steps
-    if limit is not None and plan.checkpoint.step >= limit and plan.requeued:
-        log.info("this job was done before: train.max_steps=%d is reached", limit)
-    elif limit is not None and plan.checkpoint.step >= limit:
+    if limit is not None and plan.checkpoint.step >= limit:
         log.warning("train.max_steps=%d is reached, nothing is left to train: give a larger one", limit)
     if (before["platform"], before["card"]) != (hardware.platform, hardware.card):
         log.warning(

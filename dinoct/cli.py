@@ -116,6 +116,8 @@ def complain(error: Exception, schema: type) -> int:
         message = f"{typed} cannot be written or read: {error.strerror}: {os.fsdecode(error.filename)}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         key = next(key for key in ("out", "run_dir", "data.root") if key in option_keys(schema))
+        if key == "run_dir" and any(a in ("-m", "--multirun") or a.startswith("+sweep=") for a in sys.argv):
+            key = "hydra.sweep.dir"
         typed = next((argument for argument in sys.argv[1:] if argument.startswith(f"{key}=")), None)
         place = f"elsewhere than {typed}" if typed else f"elsewhere, by {key}=..."
         message = f"{error.strerror}: free some, or write {place}"

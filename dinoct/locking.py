@@ -1,22 +1,24 @@
 """One process at a time in a folder: locks that the kernel releases, even after kill -9.
 
 Some cluster file systems are mounted without locks (Lustre without ``flock``, NFS without its lock daemon). Work goes
-on there, with a warning: nothing keeps a second process out.
+on there, with a warning.
 """
 
 import errno
 import fcntl
-import logging
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+NO_LOCKS = "the file system of %s has no locks: see to it that no other process writes there"
 
 
-def lock(handle: IO, folder: Path) -> None:
-    """Take the lock of `folder`, whose file is open, until that file is closed; warn where there are no locks.
+def lock(handle: IO) -> bool:
+    """Take the lock of a folder, one of whose files is open, until that file is closed.
 
+    Returns:
+        Whether there are locks: elsewhere nothing keeps a second process out, which the caller says (`NO_LOCKS`).
     Raises:
         BlockingIOError: if another process has it.
         OSError: if the file system fails otherwise.
@@ -28,8 +30,8 @@ def lock(handle: IO, folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        warning = "the file system of %s has no locks: see to it that no other process writes there"
-        logging.getLogger("dinoct").warning(warning, folder)
+        return False
+    return True
 
 
 def has_record_locks(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from dinoct.config import TrainConfig, to_object
 from dinoct.errors import ConfigError
-from dinoct.rundir import RunFolder
+from dinoct.sweeps import find_job, job_overrides
 from dinoct.validate import validate
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ class RunPlan:
     run_dir: str | None  # null: a new folder under outputs/runs
     sweep: str | None = None  # the sweep's name, which groups its runs
     job: str | None = None  # of a cluster's scheduler: the same when it is started again
+    overrides: list[str] | None = None  # of a sweep's job: what it trains
     requeued: bool = False  # this job of a sweep was in run_dir before: pre-empted, out of time, killed
+    done: bool = False  # this job was done before
     checkpoint: "Checkpoint | None" = None
     typed: frozenset[str] = frozenset()  # keys on the command line
     warnings: list[str] = field(default_factory=list)
@@ -90,14 +92,18 @@ def plan_run(composed: DictConfig, *, command: str) -> RunPlan:
     check_parallel(plan)
     if sweep:
         executor = os.environ.get("SUBMITIT_EXECUTOR")
-        _find_job(plan, f"{executor} {hydra.job.id}" if executor else None, hydra_overrides=list(hydra.overrides.hydra))
+        plan.overrides = job_overrides(hydra.overrides.task)
+        find_job(plan, Path(str(hydra.sweep.dir)), f"{executor} {hydra.job.id}" if executor else None)
+        if plan.done:
+            return plan
     if cfg.replay is not None:
         cfg.resume = cfg.replay
     if cfg.resume is None:
         validate(cfg)
     else:
         _resumed(plan, composed, overrides=list(hydra.overrides.task))
-    plan.warnings += _experiment_over_choices(choices, composed, list(hydra.overrides.task))
+    if plan.checkpoint is None:
+        plan.warnings += _experiment_over_choices(choices, composed, list(hydra.overrides.task))
     if sweep and plan.cfg.eval.every is None:  # a sweep is compared by the mean percentile rank, never by the loss
         plan.cfg.eval.every = plan.cfg.train.max_steps
     return plan
@@ -115,7 +121,7 @@ def _typed(overrides: list[str]) -> frozenset[str]:
 
 def _experiment_over_choices(choices: dict[str, str], composed: DictConfig, overrides: list[str]) -> list[str]:
     """A warning for each ``GROUP=CHOICE`` that was typed beside an experiment whose own keys go over it."""
-    names = [override.split("=", 1)[0] for override in overrides]
+    names = [override.split("=", 1)[0] for override in overrides if "={" not in override]
     typed = [group for group in OWN_GROUPS if group in names]
     if not typed or "experiment" not in names:
         return []
@@ -124,6 +130,9 @@ def _experiment_over_choices(choices: dict[str, str], composed: DictConfig, over
     without = compose("train", [override for override in overrides if not override.startswith("experiment=")])
     found = []
     for group in typed:
+        rest = [override for override in overrides if not override.startswith(f"{group}=")]
+        if compose("train", rest, return_hydra_config=True).hydra.runtime.choices[group] == choices[group]:
+            continue  # it is the experiment's own
         chosen, taken = flatten(without[group]), flatten(composed[group])
         kept = [f"{group}.{key}={taken[key]}" for key in taken if taken[key] != chosen[key]]
         if kept:
@@ -132,40 +141,12 @@ def _experiment_over_choices(choices: dict[str, str], composed: DictConfig, over
     return found
 
 
-def _find_job(plan: RunPlan, job: str | None, *, hydra_overrides: list[str]) -> None:
-    """A job of a sweep that is started again goes on in its folder, or anew where no checkpoint had been written yet.
-
-    Args:
-        plan: whose job and resume are filled in.
-        job: as the cluster's scheduler knows it; it is the same when it was requeued. Another goes on by
-            ``resume=auto``, which in a sweep means each job's own folder.
-        hydra_overrides: Hydra's own as typed: they name the sweep that goes on.
-    Raises:
-        ConfigError: for ``resume=auto`` in a sweep without a name, and for a folder that holds a run without it.
-    """
-    again = plan.cfg.resume == "auto"
-    if again and not any(override.startswith("hydra.sweep.dir=") for override in hydra_overrides):
-        raise ConfigError("resume=auto in a sweep goes on with that sweep: name it, hydra.sweep.dir=outputs/sweeps/ID")
-    folder = RunFolder(Path(plan.run_dir))
-    before = folder.read_config()
-    plan.job, plan.requeued = job, bool(before) if again else job is not None and before.get("job") == job
-    if plan.requeued:
-        from dinoct.resume import has_checkpoint
-
-        plan.cfg.resume = str(folder.path) if has_checkpoint(folder.path) else None if again else plan.cfg.resume
-    elif before:
-        raise ConfigError(
-            f"{folder.path} holds a run already: resume=auto goes on with a sweep, or take another folder"
-        )
-    elif again:
-        plan.cfg.resume = None
-
-
 def _resumed(plan: RunPlan, composed: DictConfig, *, overrides: list[str]) -> None:
     """Fill the plan of a run that goes on from a checkpoint."""
     from dinoct import resume
 
-    checkpoint, plan.warnings = resume.find_checkpoint(plan.cfg.resume, plan.cfg.run_dir)
+    checkpoint, warnings = resume.find_checkpoint(plan.cfg.resume, plan.cfg.run_dir)
+    plan.warnings += warnings
     stored = checkpoint.meta["config"]
     plan.cfg = resume.merge_config(
         stored,

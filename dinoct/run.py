@@ -24,6 +24,7 @@ from dinoct.engine import Engine
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.faults import explain, is_out_of_memory
 from dinoct.hardware import Hardware, keep_effective_batch, resolve, settle
+from dinoct.locking import NO_LOCKS
 from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
 from dinoct.models.ssl import SelfDistillation
@@ -69,6 +70,8 @@ def execute(plan: RunPlan, parallel: Parallel | None = None) -> Outcome:
         return _follow(plan, hardware, data, parallel)
     folder = RunFolder.create(plan.run_dir, resumes=plan.resumes_in_place or plan.requeued)
     with folder, run_log(folder.path / "train.log"):
+        if not folder.locked:
+            log.warning(NO_LOCKS, folder.path)
         if plan.resumes_in_place:
             refuse_overtaken(plan.cfg.resume, plan.checkpoint)  # not below, where the other's run would become failed
         try:
@@ -333,6 +336,7 @@ def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parame
         "command": before.get("command", plan.command),
         "state": "running",
         "sweep": plan.sweep or before.get("sweep"),
+        "overrides": plan.overrides or before.get("overrides"),
         "job": plan.job or before.get("job"),
         "parameters": parameters,
         **{key: meta[key] for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon")},

@@ -18,6 +18,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self._lock: Any = None
+        self.locked = False
 
     @classmethod
     def create(cls, run_dir: str | None, *, resumes: bool = False) -> "RunFolder":
@@ -46,7 +47,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self._lock = open(self.path / ".lock", "w")
-            lock(self._lock, self.path)
+            self.locked = lock(self._lock)
         except BlockingIOError as error:
             raise ConfigError(
                 f"another process is training in {self.path}: stop it, or take another run_dir"

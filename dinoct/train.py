@@ -8,8 +8,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinoct.cli import Outcome, run_command
+from dinoct.compare.read import read_figures
 from dinoct.config import TrainConfig
+from dinoct.console import console
 from dinoct.errors import ConfigError
+from dinoct.sweeps import check_sweep
 from dinoct.validate import check_deletions
 
 
@@ -18,6 +21,10 @@ def task(composed: DictConfig) -> Outcome:
     from dinoct.plan import plan_run
 
     plan = plan_run(composed, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+    if plan.done:
+        console.print(f"done before: {plan.run_dir}", markup=False)
+        return Outcome(objective=read_figures(Path(plan.run_dir) / "metrics.jsonl")[1])
 
     from dinoct.launch import launch
 
@@ -34,6 +41,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
     sweep = next((a for a in arguments if a in ("-m", "--multirun") or a.startswith("+sweep=")), None)
     if sweep and "preflight=true" in (a.lower() for a in arguments):
         raise ConfigError(f"preflight=true looks at one run and does not go with a sweep ({sweep}): leave one out")
+    if sweep:
+        check_sweep(arguments)
 
 
 def cli() -> None:

@@ -75,12 +75,21 @@ def test_a_sweep_goes_on_with_what_is_left_of_it(phantom_root, workplace, capfd)
     for path in [*empty.glob("checkpoint_*"), *killed.glob("checkpoint_[bf]*"), killed / "checkpoint_00000003.pth"]:
         path.unlink()
     assert run("train", *typed, "seed=0,1,2,3") == 1
-    assert "holds a run already: resume=auto goes on with a sweep" in capfd.readouterr().err
-    assert run("train", *typed, "seed=0,1,2", "resume=auto") == 0
+    assert "holds a sweep already: resume=auto goes on with it" in capfd.readouterr().err
+    for folder in (killed, empty):
+        (folder / "config.json").write_text(json.dumps(config(folder) | {"state": "running"}))
+    before = (done / "config.json").read_text()
+    # the machine is another one, a value was put in between, and the order is another
+    assert run("train", *typed, "seed=2,3,1,0", "resume=auto", "ckpt.keep_last=2") == 0
     said = capfd.readouterr().out
-    assert said.count("this job was done before: train.max_steps=3 is reached") == 1
+    assert said.count("done before: ") == 1
     assert said.count("resuming at step 2 from") == 1
-    assert [config(folder)["history"][-1]["from_step"] for folder in (done, killed, empty)] == [3, 2, 0]
+    assert said.count("has these settings: this job begins") == 1
+    assert [config(folder)["history"][-1]["from_step"] for folder in (killed, empty)] == [2, 0]
+    assert (done / "config.json").read_text() == before
+    folders = [path for path in (workplace / "sweep").iterdir() if (path / "config.json").exists()]
+    assert sorted(config(folder)["config"]["seed"] for folder in folders) == [0, 1, 2, 3]
+    assert not list((workplace / "sweep").glob("*/failed.json"))
     for folder, rows in whole.items():
         again = metrics(folder)
         assert [row["step"] for row in again] == [1, 2, 3]
@@ -88,9 +97,51 @@ def test_a_sweep_goes_on_with_what_is_left_of_it(phantom_root, workplace, capfd)
         assert again[-1]["Eval/mean_percentile_rank"] == rows[-1]["Eval/mean_percentile_rank"]
 
 
-def test_going_on_with_a_sweep_needs_its_name(phantom_root, workplace, capfd):
-    assert run("train", "-m", *TINY, f"data.root={phantom_root}", "seed=0", "resume=auto") == 1
-    assert "name it, hydra.sweep.dir=outputs/sweeps/ID" in capfd.readouterr().err
+def test_going_on_takes_no_other_jobs_weights(phantom_root, workplace, capfd):
+    """What tells two jobs apart may stand behind the end of the folder's name, which is cut."""
+    typed = ["-m", *TINY, f"data.root={phantom_root}", "train.max_steps=1", "hydra.sweep.dir=sweep"]
+    assert run("train", *typed, "train.warmup=1,2") == 1  # no such setting: no run began
+    assert run("train", *typed, "train.batch_size=4,6") == 0
+    assert run("train", *typed, "train.batch_size=6,8", "resume=auto") == 1
+    assert "holds a run already: take its place in the order of the values" in capfd.readouterr().err
+    assert run("train", *typed, "train.batch_size=4,6,8", "resume=auto") == 0
+    folders = [path for path in sorted((workplace / "sweep").iterdir()) if (path / "config.json").exists()]
+    assert [config(folder)["config"]["train"]["batch_size"] for folder in folders] == [4, 6, 8]
+    assert [len(config(folder)["history"]) for folder in folders] == [1, 1, 1]
+
+
+def test_a_sweep_from_a_checkpoint_goes_on_from_there(phantom_root, workplace):
+    here = [*TINY, f"data.root={phantom_root}"]
+    assert run("train", *here, "train.max_steps=2", "run_dir=first") == 0
+    typed = ["-m", *here, "train.max_steps=4", "hydra.sweep.dir=sweep"]
+    assert run("train", *typed, "optim.lr=1e-3,2e-3", "resume=first") == 0
+    folders = [path for path in sorted((workplace / "sweep").iterdir()) if path.is_dir()]
+    (folders[1] / "config.json").write_text(json.dumps(config(folders[1]) | {"state": "failed"}))
+    for path in folders[1].glob("checkpoint_*"):
+        path.unlink()
+    assert run("train", *typed, "optim.lr=1e-3,2e-3,3e-3", "resume=auto") == 0
+    folders = [path for path in sorted((workplace / "sweep").iterdir()) if path.is_dir()]
+    assert [config(folder)["history"][-1]["from_step"] for folder in folders] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["-m", "resume=auto", "seed=0"], "name it, hydra.sweep.dir=outputs/sweeps/ID"),
+        (["+sweep=lr", "resume=auto"], "name it, hydra.sweep.dir=outputs/sweeps/ID"),
+        (["-m", "resume=auto", "seed=0", "hydra.sweep.dir=swep"], "no run has begun in hydra.sweep.dir=swep"),
+    ],
+)
+def test_going_on_with_a_sweep_needs_its_name(workplace, capfd, typed, says):
+    assert run("train", *typed) == 1
+    assert says in capfd.readouterr().err
+    assert not list(workplace.iterdir())
+
+
+def test_a_sweep_is_not_started_by_torchrun(workplace, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert run("train", "-m", "seed=0,1") == 1
+    assert "parallel.processes=N starts the processes of each job" in capfd.readouterr().err
 
 
 def test_the_launcher_for_slurm_takes_what_the_guide_names(workplace, capfd):

@@ -13,7 +13,6 @@ import torch
 from commands import TINY, losses, metrics, run, start
 
 from dinoct import checkpoint as checkpoints
-from dinoct.console import log
 from dinoct.stopping import STOPPING
 
 
@@ -325,15 +324,14 @@ def test_two_trainers_do_not_share_a_folder(phantom_root, workplace, capfd):
     assert "another process is training in" in capfd.readouterr().err
 
 
-def test_a_file_system_without_locks_is_warned_of(phantom_root, workplace, caplog, monkeypatch):
+def test_a_file_system_without_locks_is_warned_of(phantom_root, workplace, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    log.addHandler(caplog.handler)
     assert train(phantom_root, workplace / "run", "train.max_steps=1") == 0
-    log.removeHandler(caplog.handler)
-    assert "run has no locks: see to it that no other process writes there" in caplog.text
+    said = (workplace / "run" / "train.log").read_text()
+    assert "run has no locks: see to it that no other process writes there" in said
 
 
 def test_an_experiment_that_goes_over_a_typed_choice_says_so(phantom_root, workplace, capfd):
@@ -341,6 +339,8 @@ def test_an_experiment_that_goes_over_a_typed_choice_says_so(phantom_root, workp
     said = " ".join(capfd.readouterr().out.split())
     assert "experiment=demo goes over model=vit-tiny: model.name=demo model.heads=4 model.registers=0; type" in said
     assert train(phantom_root, workplace / "other", "train.max_steps=1", "aug=multicrop", "aug.local_size=16") == 0
+    assert train(phantom_root, workplace / "own", "train.max_steps=1", "model=custom", "optim={lr:1e-3}") == 0
+    assert run("train", f"resume={workplace / 'run'}", "experiment=demo", "model=vit-tiny", "train.max_steps=2") == 0
     assert "goes over" not in capfd.readouterr().out
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +28,8 @@ class SweepSummary(Callback):
         from dinoct.plan import OWN_GROUPS
 
         folder = Path(str(config.hydra.runtime.output_dir))
-        if (folder / "config.json").exists():
-            return
+        if (folder / "config.json").exists() or (job_return.status == JobStatus.COMPLETED and not told):
+            return  # it began, here or where an earlier sweep had left it
         settings = flatten(OmegaConf.to_container(job_return.cfg, resolve=True))
         typed = {override.lstrip("+~").split("=", 1)[0] for override in job_return.overrides}
         choices = config.hydra.runtime.choices

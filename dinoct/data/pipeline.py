@@ -95,7 +95,8 @@ def prepare_dataset(
     except DinoctError as error:
         raise PrepareError(str(error)) from error
     except (OSError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        said = str(error) if isinstance(error, sqlite3.Error) else error.strerror  # SQLite's words quote no path
+        reason = said or type(error).__name__
         raise PrepareError(f"cannot write to {root}: {reason}") from error
 
 

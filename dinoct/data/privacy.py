@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dinoct.console import console
 from dinoct.errors import DinoctError
-from dinoct.locking import lock
+from dinoct.locking import NO_LOCKS, lock
 
 SALT_BYTES = 32
 KEY_PATTERN = re.compile(r"[0-9a-f]{16}")
@@ -35,7 +36,8 @@ def locked(root: Path) -> Iterator[None]:
     """Keep other processes from writing into `root`. Raises DinoctError where one is at it."""
     with os.fdopen(os.open(private_folder(root) / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as handle:
         try:
-            lock(handle, root)
+            if not lock(handle):
+                console.print(f"WARNING: {NO_LOCKS % root}", markup=False)
         except BlockingIOError:
             raise DinoctError(f"another prepare is at work on {root}") from None
         yield

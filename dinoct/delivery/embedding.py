@@ -104,14 +104,14 @@ def prepared(cfg: EmbedConfig, sources: list[Path]) -> Iterator[Path]:
         yield Path(cfg.data.root)
     else:
         with tempfile.TemporaryDirectory(prefix="dinoct-embed-") as folder:  # only its owner can look into it
+            root = Path(folder).resolve()
             try:
-                prepare(cfg, sources, Path(folder))
-            except PrepareError as error:  # the list of rejects goes with the folder
-                text = str(error).replace(
-                    f"all are in {folder}/_index/rejects.csv", "data.root=NEW keeps a list of them"
-                )
+                prepare(cfg, sources, root)
+            except PrepareError as error:  # the folder was not typed, and the list of rejects goes with it
+                text = str(error).replace(f"all are in {root}/_index/rejects.csv", "data.root=NEW keeps a list of them")
+                text = text.replace("on the disk of data.root", "on the disk of TMPDIR, or give data.root=NEW")
                 raise PrepareError(text) from error
-            yield Path(folder)
+            yield root
 
 
 def prepare(cfg: EmbedConfig, sources: list[Path], root: Path) -> None:
