@@ -6,6 +6,7 @@ of them out, and changes with the job's number.
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,8 @@ def find_job(plan: "RunPlan", sweep_dir: Path, job: str | None) -> None:
     else:
         found = own.path if job is not None and before.get("job") == job else None
     if found is not None:
+        with suppress(OSError):
+            own.path.rmdir()  # Hydra has made it, and the job's number was another then
         plan.run_dir, plan.requeued = str(found), True
         plan.cfg.resume = str(found) if has_checkpoint(found) else origin
     elif before:

@@ -89,7 +89,7 @@ def test_a_sweep_goes_on_with_what_is_left_of_it(phantom_root, workplace, capfd)
     assert (done / "config.json").read_text() == before
     folders = [path for path in (workplace / "sweep").iterdir() if (path / "config.json").exists()]
     assert sorted(config(folder)["config"]["seed"] for folder in folders) == [0, 1, 2, 3]
-    assert not list((workplace / "sweep").glob("*/failed.json"))
+    assert len([path for path in (workplace / "sweep").iterdir() if path.is_dir()]) == 4
     for folder, rows in whole.items():
         again = metrics(folder)
         assert [row["step"] for row in again] == [1, 2, 3]
