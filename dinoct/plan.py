@@ -29,7 +29,7 @@ class RunPlan:
     run_dir: str | None  # null: a new folder under outputs/runs
     sweep: str | None = None  # the sweep's name, which groups its runs
     job: str | None = None  # of a cluster's scheduler: the same when it is started again
-    overrides: list[str] | None = None  # of a sweep's job: what it trains
+    overrides: list[str] | None = None  # of a sweep's job: what it trains, as its sweep finds it again
     requeued: bool = False  # this job of a sweep was in run_dir before: pre-empted, out of time, killed
     done: bool = False  # this job was done before
     checkpoint: "Checkpoint | None" = None

@@ -336,7 +336,7 @@ def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parame
         "command": before.get("command", plan.command),
         "state": "running",
         "sweep": plan.sweep or before.get("sweep"),
-        "overrides": plan.overrides or before.get("overrides"),
+        "overrides": plan.overrides or (None if plan.changes else before.get("overrides")),
         "job": plan.job or before.get("job"),
         "parameters": parameters,
         **{key: meta[key] for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon")},
