@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from dinoct.cli import Outcome, run_command
 from dinoct.compare.read import read_figures
 from dinoct.config import TrainConfig
-from dinoct.console import console
 from dinoct.errors import ConfigError
 from dinoct.sweeps import check_sweep
 from dinoct.validate import check_deletions
@@ -23,6 +22,8 @@ def task(composed: DictConfig) -> Outcome:
     plan = plan_run(composed, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
     if plan.done:
+        from dinoct.console import console  # not above: a launcher pickles what stands there, and a console has a lock
+
         console.print(f"done before: {plan.run_dir}", markup=False)
         return Outcome(objective=read_figures(Path(plan.run_dir) / "metrics.jsonl")[1])
 
