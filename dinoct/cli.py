@@ -116,8 +116,7 @@ def complain(error: Exception, schema: type) -> int:
         message = f"{typed} cannot be written or read: {error.strerror}: {os.fsdecode(error.filename)}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         key = next(key for key in ("out", "run_dir", "data.root") if key in option_keys(schema))
-        if key == "run_dir" and any(a in ("-m", "--multirun") or a.startswith("+sweep=") for a in sys.argv):
-            key = "hydra.sweep.dir"
+        key = "hydra.sweep.dir" if key == "run_dir" and sweep_argument(sys.argv[1:]) else key
         typed = next((argument for argument in sys.argv[1:] if argument.startswith(f"{key}=")), None)
         place = f"elsewhere than {typed}" if typed else f"elsewhere, by {key}=..."
         message = f"{error.strerror}: free some, or write {place}"
@@ -133,6 +132,11 @@ def complain(error: Exception, schema: type) -> int:
     told.append(" ".join(message.split()))
     print(f"error: {told[-1]}", file=sys.stderr)
     return ERROR
+
+
+def sweep_argument(arguments: Sequence[str]) -> str | None:
+    """The argument that asks for a sweep, where one does."""
+    return next((a for a in arguments if a in ("-m", "--multirun") or a.startswith("+sweep=")), None)
 
 
 def typed_place(error: OSError, arguments: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoct.cli import Outcome, run_command
+from dinoct.cli import Outcome, run_command, sweep_argument
 from dinoct.compare.read import read_figures
 from dinoct.config import TrainConfig
 from dinoct.errors import ConfigError
@@ -39,7 +39,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         ConfigError: naming the argument.
     """
     check_deletions(arguments)
-    sweep = next((a for a in arguments if a in ("-m", "--multirun") or a.startswith("+sweep=")), None)
+    sweep = sweep_argument(arguments)
     if sweep and "preflight=true" in (a.lower() for a in arguments):
         raise ConfigError(f"preflight=true looks at one run and does not go with a sweep ({sweep}): leave one out")
     if sweep:

@@ -177,6 +177,20 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(phantom_root, workplace):
     assert steps == list(range(1, last + 3))
 
 
+def run_script(code: str, *typed: str, cwd: Path) -> tuple[int, str, str]:
+    """Run a training that a script has changed, its ranks in a session of their own; status, output, errors."""
+    (cwd / "changed.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "changed.py", *typed],
+        cwd=cwd, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    finally:
+        end(process)
+    return process.returncode, out, err
+
+
 FAILS_ON_ONE_RANK = """
 import os
 from dinoct.evals import features
@@ -203,18 +217,10 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_an_evaluation_that_fails_on_one_rank_does_not_hold_up_the_others(phantom_root, workplace, kind):
-    (workplace / "broken.py").write_text(FAILS_ON_ONE_RANK)
     typed = [*TINY, f"data.root={phantom_root}", "run_dir=run", *ranks(kind, 4)]
     length = ["train.max_steps=4", "eval.every=2", "eval.n=8", "ckpt.every=2"]
-    process = subprocess.Popen(
-        [sys.executable, "broken.py", *typed, *length],
-        cwd=workplace, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=LIMIT_S)
-    finally:
-        end(process)
-    assert process.returncode == 0, err
+    status, out, err = run_script(FAILS_ON_ONE_RANK, *typed, *length, cwd=workplace)
+    assert status == 0, err
     assert "judge failed at step 2, training goes on" in out
     assert "Eval/mean_percentile_rank" in metrics(workplace / "run")[3]
 
@@ -237,17 +243,9 @@ if __name__ == "__main__":
 
 
 def test_a_rank_that_is_lost_behind_the_last_step_costs_nothing_with_ddp(phantom_root, workplace):
-    (workplace / "lost.py").write_text(LOST_AT_THE_END)
     typed = [*TINY, f"data.root={phantom_root}", "run_dir=run", *ranks("ddp", 4), "train.max_steps=3", "ckpt.every=2"]
-    process = subprocess.Popen(
-        [sys.executable, "lost.py", *typed],
-        cwd=workplace, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        _, err = process.communicate(timeout=LIMIT_S)
-    finally:
-        end(process)
-    assert process.returncode == 1
+    status, _, err = run_script(LOST_AT_THE_END, *typed, cwd=workplace)
+    assert status == 1
     assert "rank 1 of 2: ended with exit status 9; resume=auto goes on" in err
     assert checkpoints.load(workplace / "run" / "checkpoint_00000003.pth").step == 3
 
