@@ -18,10 +18,8 @@ otherwise; onto the CPU, so that it carries no device. Its config is read as dat
 
 import errno
 import json
-import os
 import pickle
 import re
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -31,7 +29,7 @@ from typing import Any
 
 import torch
 
-from dinoct.durable import link, sync_folder
+from dinoct.durable import link, replacing, sweep
 from dinoct.errors import CheckpointError, DinoctError
 
 FORMAT = 2
@@ -78,26 +76,18 @@ def save(path: Path, state: dict[str, Any], meta: dict[str, Any]) -> int:
     Raises:
         CheckpointError: if the disk refuses (full, read-only); nothing is left behind then.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"meta": json.dumps(meta | {"format": FORMAT}), "state": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
         return path.stat().st_size
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sweep_temporary(folder: Path) -> None:
     """Remove what a process that was killed in a save left of it; nobody may be writing checkpoints here."""
-    for pattern in (".checkpoint_*.pth.tmp-*", ".emergency_*.pth.tmp-*", ".sharded_*.tmp"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for names in ("checkpoint_*", "emergency_*", "sharded_*"):
+        sweep(folder, names)
 
 
 def verify(path: Path) -> None:

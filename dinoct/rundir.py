@@ -1,11 +1,11 @@
 """The folder of a run: created exclusively, locked while a process writes it, described by its config.json."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from dinoct.durable import replacing_text
 from dinoct.errors import ConfigError
 from dinoct.locking import lock
 
@@ -68,9 +68,8 @@ class RunFolder:
 
     def write_config(self, content: dict[str, Any]) -> None:
         """Replace config.json as a whole."""
-        temporary = self.path / f".config.json.tmp-{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / "config.json")
+        with replacing_text(self.path / "config.json") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
 
     def set_state(self, state: str, step: int) -> None:
         """Note how the run stands: running, done, stopped or failed."""

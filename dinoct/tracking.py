@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from dinoct.config import TrackerConfig
 from dinoct.console import log
+from dinoct.durable import replacing_text
 
 
 class Sink(Protocol):
@@ -53,9 +54,8 @@ def rewind(path: Path, step: int) -> None:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if _step(line, default=step + 1) <= step
     ]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing_text(path) as file:
+        file.writelines(f"{line}\n" for line in kept)
 
 
 def _step(line: str, *, default: int) -> int:

@@ -391,5 +391,5 @@ def test_start_resamples_positions_and_names_registers(tmp_path):
 def test_start_from_another_shape_lists_what_does_not_fit(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(rgb_vit(64).state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"blocks\.2\.\S+ is missing"):
+    with pytest.raises(CheckpointError, match=r"model\.init_from: .*blocks\.2\.\S+ is missing.*model\.dim"):
         initial_weights(Backbone(ModelConfig(**{**vars(TINY), "depth": 3})), path)

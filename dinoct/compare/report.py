@@ -9,6 +9,7 @@ from dinoct.compare.differ import column_of, every_column, sort_runs, unfair
 from dinoct.compare.read import find_runs, read_run
 from dinoct.compare.table import as_csv, as_json, describe_run, print_table
 from dinoct.console import console
+from dinoct.durable import replacing_text
 from dinoct.errors import ConfigError
 
 
@@ -73,8 +74,11 @@ def write(file: str, text: str) -> None:
         if file == "-":
             sys.stdout.write(text)
             sys.stdout.flush()
+        elif (path := Path(file)).is_symlink() or (path.exists() and not path.is_file()):  # /dev/stdout, a named pipe
+            path.write_text(text, encoding="utf-8")
         else:
-            Path(file).write_text(text, encoding="utf-8")
+            with replacing_text(path) as target:
+                target.write(text)
     except BrokenPipeError:  # `| head` took what it wanted; what is left in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

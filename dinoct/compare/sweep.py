@@ -16,6 +16,7 @@ from dinoct.cli import ERROR, told
 from dinoct.compare.differ import every_column, sort_runs, unfair
 from dinoct.compare.read import NOT_BEGUN, flatten, read_run
 from dinoct.compare.table import as_csv, print_table, say
+from dinoct.durable import replacing_text
 
 
 class SweepSummary(Callback):
@@ -42,7 +43,8 @@ class SweepSummary(Callback):
             "settings": {key: value for key, value in settings.items() if key in typed},
         }
         note |= {"error": told[-1]} if told else {}
-        (folder / NOT_BEGUN).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        with replacing_text(folder / NOT_BEGUN) as file:
+            file.write(json.dumps(note, indent=2) + "\n")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Best mean percentile rank first; exit status 1 where a job is not done, wherever it ran."""
@@ -54,6 +56,7 @@ class SweepSummary(Callback):
         print_table(runs, f"sweep {folder}")
         for sentence in unfair(runs):
             say(f"unfair: {sentence}")
-        (folder / "summary.csv").write_text(as_csv(runs, every_column(runs)), encoding="utf-8")
+        with replacing_text(folder / "summary.csv") as file:
+            file.write(as_csv(runs, every_column(runs)))
         if any(run.state != "done" for run in runs):  # jobs of a launcher tell this process no exit status
             sys.exit(ERROR)

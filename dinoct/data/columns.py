@@ -5,7 +5,6 @@ CRC-32 of the index.csv that it was made from. Where it is missing, damaged, or 
 read instead: the CSV is the data, this is a copy that loads quickly and that all processes of a machine share.
 """
 
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,7 @@ import numpy as np
 from isal import isal_zlib
 
 from dinoct.checksum import file_crc32
-
-TEMPORARY = ".tmp"  # files on their way are called .NAME.*.tmp
+from dinoct.durable import replacing
 
 
 def columns_path(index_csv: Path) -> Path:
@@ -29,8 +27,7 @@ def save_columns(index_csv: Path, columns: Mapping[str, np.ndarray], names: Mapp
     stored = {name: column.astype("S") if column.dtype.kind == "U" else column for name, column in columns.items()}
     fields = [(name, array.dtype.newbyteorder("<"), array.shape) for name, array in (stored | texts).items()]
     head = [("csv_bytes", "<i8"), ("csv_crc32", "<u4"), ("own_crc32", "<u4")]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
+    with replacing(path) as temporary:
         record = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(head + fields), shape=())
         for name, array in (stored | texts).items():
             record[name] = array
@@ -38,9 +35,6 @@ def save_columns(index_csv: Path, columns: Mapping[str, np.ndarray], names: Mapp
         record["own_crc32"] = _columns_crc(record)
         record.flush()
         del record
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_columns(index_csv: Path) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]] | None:

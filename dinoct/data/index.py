@@ -7,17 +7,14 @@ processes of a machine share them.
 
 import csv
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
-from dinoct.data.columns import TEMPORARY, load_columns, save_columns
+from dinoct.data.columns import load_columns, save_columns
+from dinoct.durable import replacing_text
 from dinoct.errors import DinoctError
 
 COLUMNS: dict[str, str] = {
@@ -176,33 +173,11 @@ def _joined(parts: Sequence[np.ndarray], kind: str) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, dtype="int32" if kind == "code" else kind)
 
 
-@contextmanager
-def atomic_text(path: Path) -> Iterator[TextIO]:
-    """Open a temporary file beside `path` for writing; fsync and rename it at the end, or remove it on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as handle:
-            os.fchmod(handle.fileno(), 0o644)
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def sweep_temporary(folder: Path) -> None:
-    """Remove what killed runs left on its way into `folder`."""
-    for path in Path(folder).glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
-
-
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> int:
     """Write a CSV atomically and return the number of rows."""
     count = 0
-    with atomic_text(path) as handle:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_text(path) as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(header)
         for row in rows:

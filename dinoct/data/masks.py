@@ -5,7 +5,6 @@ when a series grows. Keys are hashes, so the masks name nobody.
 """
 
 import os
-import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
@@ -17,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from dinoct.data.catalog import Catalog
-from dinoct.data.index import TEMPORARY, SliceIndex
+from dinoct.data.index import SliceIndex
 from dinoct.data.privacy import locked
 from dinoct.data.store import MASKS
 from dinoct.data.views import letterbox
+from dinoct.durable import replacing
 from dinoct.errors import DinoctError
 
 # What numpy raises for a file that is cut, damaged, or something else.
@@ -141,10 +141,8 @@ def _add(path: Path, stacks: _Stacks, places: Sequence[_Place]) -> None:
 
 def _write(path: Path, **arrays: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
-    os.replace(name, path)
 
 
 class MaskError(DinoctError):

@@ -19,13 +19,14 @@ from dinoct.data.catalog import Catalog
 from dinoct.data.dicom import Rejected
 from dinoct.data.files import FileRef
 from dinoct.data.groups import SeriesStage
-from dinoct.data.index import SliceIndex, sweep_temporary
+from dinoct.data.index import SliceIndex
 from dinoct.data.options import NoSplit, PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, locked, private_folder
 from dinoct.data.publish import Tables, decide_split, explain, publish, publish_split
 from dinoct.data.store import MASKS, has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
+from dinoct.durable import sweep
 from dinoct.errors import DinoctError
 
 __all__ = ["PrepareError", "PrepareOptions", "PrepareReport", "Progress", "explain", "prepare_dataset"]
@@ -107,7 +108,7 @@ def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], 
     with locked(root):
         store.mkdir(exist_ok=True)
         for name in _OWN_FOLDERS:
-            sweep_temporary(root / name)
+            sweep(root / name)
         hasher, catalog = Hasher(load_or_create_salt(root)), Catalog(private / "catalog.sqlite")
         limits = {"timeout_s": options.file_timeout_s, "memory_mb": options.memory_mb}
         pool = WorkerPool(options.workers, **limits) if options.workers else InProcess()
@@ -116,7 +117,7 @@ def _opened(root: Path, options: PrepareOptions, progress: Callable[[Progress], 
         finally:
             pool.close()
             catalog.close()
-            sweep_temporary(store)
+            sweep(store)
 
 
 def _register(run: _Run, folders: list[Path]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoct.data.index import SliceIndex, atomic_text
+from dinoct.data.index import SliceIndex
+from dinoct.durable import replacing_text
 from dinoct.errors import DinoctError
 
 GROUP_KEY = "patient"
@@ -167,7 +168,8 @@ class SplitManifest:
 
     def save(self, path: Path) -> None:
         data = {**self.__dict__, "train": sorted(self.train), "val": sorted(self.val)}
-        with atomic_text(Path(path)) as handle:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing_text(Path(path)) as handle:
             json.dump(data, handle, indent=1, sort_keys=True)
             handle.write("\n")
 

@@ -8,7 +8,6 @@ notice a flipped bit: `verify` compares a slice with the CRC-32 that the index h
 import errno
 import os
 import re
-import secrets
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import blosc2
 import numpy as np
 from isal import isal_zlib  # the CRC-32 of zlib by the processor's carry-less products, ten times as fast
 
-from dinoct.data.index import TEMPORARY
+from dinoct.durable import on_its_way
 from dinoct.errors import DinoctError
 
 # A process forked after Blosc2 has started its threads hangs in its first read. One thread per process is no loss: the
@@ -66,7 +65,7 @@ class SeriesWriter:
     def __init__(self, folder: Path, series: str, *, slices: int, rows: int, cols: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = series_path(folder, series)
-        self._temporary = folder / f".{series}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY}"
+        self._temporary = on_its_way(self.path)
         self._shape = (rows, cols)
         self._count = 0
         self._room = rows * cols * 2 + _ROOM_BYTES

@@ -1,17 +1,17 @@
 """A table of features as a file: Parquet, or NumPy's .npz."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from dinoct.data.index import SliceIndex
 from dinoct.delivery.card import METADATA_KEY
+from dinoct.durable import replacing
 from dinoct.errors import ConfigError, DinoctError
 
 
@@ -61,20 +61,15 @@ def write_features(table: FeatureTable, out: Path) -> None:
     Raises:
         DinoctError: if the disk refuses.
     """
-    temporary = out.with_name(f".{out.stem}.tmp-{os.getpid()}{out.suffix}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[out.suffix](table, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
+        with replacing(out) as temporary, open(temporary, "wb") as file:
+            WRITERS[out.suffix](table, file)
     except OSError as error:
         raise DinoctError(f"out: cannot write {out}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _write_parquet(table: FeatureTable, path: Path) -> None:
+def _write_parquet(table: FeatureTable, file: BinaryIO) -> None:
     """`cls` is a fixed-size list of float32; the facts are JSON under `METADATA_KEY` in the schema's metadata."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -82,12 +77,12 @@ def _write_parquet(table: FeatureTable, path: Path) -> None:
     columns = {name: pa.array(values) for name, values in table.columns.items()}
     columns["cls"] = pa.FixedSizeListArray.from_arrays(pa.array(table.cls.ravel()), table.cls.shape[1])
     content = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(table.facts)})
-    parquet.write_table(content, path, compression="zstd", use_dictionary=["series", "patient"])
+    parquet.write_table(content, file, compression="zstd", use_dictionary=["series", "patient"])
 
 
-def _write_npz(table: FeatureTable, path: Path) -> None:
+def _write_npz(table: FeatureTable, file: BinaryIO) -> None:
     """One array per column, and the facts as JSON in ``metadata``."""
-    np.savez(path, **table.columns, cls=table.cls, metadata=np.array(json.dumps(table.facts)))
+    np.savez(file, **table.columns, cls=table.cls, metadata=np.array(json.dumps(table.facts)))
 
 
-WRITERS: dict[str, Callable[[FeatureTable, Path], None]] = {".parquet": _write_parquet, ".npz": _write_npz}
+WRITERS: dict[str, Callable[[FeatureTable, BinaryIO], None]] = {".parquet": _write_parquet, ".npz": _write_npz}

@@ -18,11 +18,12 @@ from dinoct.cli import DONE, FAILED
 from dinoct.config import DataConfig, EvalConfig, ProbeConfig
 from dinoct.console import console, log, progress, run_log
 from dinoct.data.dataset import data_paths, open_split
-from dinoct.data.index import SliceIndex, atomic_text
+from dinoct.data.index import SliceIndex
 from dinoct.data.labels import load_split_labels
 from dinoct.data.masks import MaskStore
 from dinoct.data.store import MASKS, SliceStore
 from dinoct.delivery.card import fingerprint
+from dinoct.durable import replacing_text
 from dinoct.errors import ConfigError
 from dinoct.evals.judge import ProbeData, judge
 from dinoct.evals.picture import draw_curve, draw_summary
@@ -192,7 +193,7 @@ def _probe_data(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_text(path) as file:
+    with replacing_text(path) as file:
         file.write(json.dumps(content, indent=2) + "\n")
 
 

@@ -97,7 +97,11 @@ def initial_weights(backbone: Backbone, path: str | Path) -> list[str]:
             notes.append(f"{name} is not in the file and keeps its random start")
     _fold_channels(weights, notes)
     _resample_positions(backbone, weights, notes)
-    fill(backbone, weights, source=path)
+    try:
+        fill(backbone, weights, source=path)
+    except CheckpointError as error:
+        hint = "give model.dim, model.depth, model.patch as the file has them"
+        raise CheckpointError(f"model.init_from: {error}; {hint}") from error
     return notes
 
 

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from dinoct.data.views import BODY_HU
+from dinoct.durable import replacing
 
 DPI = 110
 SMALL, TINY = 9, 7  # font sizes
@@ -60,7 +61,8 @@ def panels(count: int, title: str) -> tuple[Any, list[Any]]:
 def save(figure: Any, path: Path) -> None:
     """Write a PNG that names no program and no time; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def slice_panel(figure: Any, axis: Any, scene: Scene) -> None:

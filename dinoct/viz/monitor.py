@@ -11,6 +11,7 @@ from torch import nn
 
 from dinoct.config import WindowConfig
 from dinoct.data.views import middle_window
+from dinoct.durable import replacing_text
 from dinoct.errors import ConfigError
 from dinoct.viz import pictures
 from dinoct.viz.figures import Scene
@@ -72,7 +73,8 @@ def draw_monitor(
     pictures.draw_similarity(scene, cosines, patch, out / "similarity.png")
     pictures.draw_attention(scene, seen, stats["attention_outside_body"], out / "attention.png")
     pictures.draw_hu(slices, scene.window, out / "hu.png")
-    (out / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+    with replacing_text(out / "stats.json") as file:
+        file.write(json.dumps(stats, indent=2) + "\n")
     return stats
 
 

@@ -10,8 +10,8 @@ import blosc2
 import numpy as np
 import pytest
 
-from dinoct.data.index import sweep_temporary
 from dinoct.data.store import SeriesWriter, SliceStore, checksum, remove_series_except
+from dinoct.durable import sweep
 from dinoct.errors import DinoctError
 
 
@@ -73,7 +73,7 @@ def test_sweep_removes_what_a_killed_run_left_and_series_no_longer_wanted(tmp_pa
     writer.append(stack((64, 64))[0])
     for name in ("a", "b"):
         write(tmp_path, name, stack((64, 64)))
-    sweep_temporary(tmp_path)
+    sweep(tmp_path)
     remove_series_except(tmp_path, {"a"})
     assert [path.name for path in tmp_path.iterdir()] == ["a.b2nd"]
 
