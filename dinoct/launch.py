@@ -70,7 +70,6 @@ def _start(plan: RunPlan) -> Outcome:
             local_addr="127.0.0.1",
             logs_specs=DefaultLogsSpecs(log_dir=f"{folder}/logs"),
             signals_to_handle=",".join(signal.Signals(number).name for number in heard),
-            shutdown_timeout=STOP_GRACE_S,
         )
         try:
             outcomes = elastic_launch(config, _rank)(plan, f"file://{folder}/group")
@@ -98,8 +97,12 @@ def _processes(typed: int | None) -> int:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What the ranks of one machine inherit: they talk over the loopback, and elastic opens no port of its own."""
-    ours = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    """What elastic and the ranks of one machine go by: they talk over the loopback, and it opens no port of its own."""
+    ours = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOP_GRACE_S),  # torch 2.11 does not read it and gives 30 s
+    }
     before = {key: os.environ.get(key) for key in ours}
     os.environ.update({key: value for key, value in ours.items() if before[key] is None})
     try:

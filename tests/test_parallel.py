@@ -20,6 +20,7 @@ import torch
 from commands import TINY, metrics, run, start
 
 from dinoct import checkpoint as checkpoints
+from dinoct import launch
 from dinoct.checkpoint import list_checkpoints
 from dinoct.data.dataset import StreamSampler
 from dinoct.errors import CheckpointError
@@ -268,6 +269,20 @@ def test_a_stop_is_for_all_ranks(phantom_root, workplace):
     last = list_checkpoints(folder)[-1]
     assert checkpoints.step_of(last) == config["step"] == metrics(folder)[-1]["step"]
     assert "rng_ranks" in checkpoints.load(last).state
+
+
+def test_the_ranks_have_time_to_save_when_they_are_stopped():
+    """By torch's own way, 30 s if it is told nothing; what the user set stays."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if not hasattr(LaunchConfig, "shutdown_timeout"):
+        pytest.skip("torch 2.11 gives them 30 s")
+    with launch._environment():
+        assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == launch.STOP_GRACE_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")
+        with launch._environment():
+            assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 7
 
 
 def test_an_error_of_all_ranks_is_said_once(phantom_root, workplace):
