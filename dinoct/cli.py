@@ -28,6 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from dinoct.caches import find_room_for_caches
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.legacy import quote
 from dinoct.stopping import hand_on
@@ -93,6 +94,7 @@ def run_command(
         return outcome.objective
 
     try:
+        find_room_for_caches()
         refuse_what_hydra_cannot_parse(sys.argv[1:])
         refuse_unknown_additions(sys.argv[1:], schema)
         refuse_empty_values(sys.argv[1:], schema)

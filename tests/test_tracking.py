@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import TINY, run
+from commands import TINY, run, start
 
 from dinoct.config import TrackerConfig
 from dinoct.tracking import JsonLines, Tracker, build_tracker, rewind
@@ -40,9 +40,9 @@ def test_a_dead_tracker_does_not_end_the_run(tmp_path):
 @pytest.fixture
 def logged(tmp_path) -> Path:
     cfg = TrackerConfig(group="sweep1", tags=["demo", "cpu"])
-    for start in (0, 2):
-        tracker = build_tracker(cfg, tmp_path, run_id="abcd1234", config={"optim": {"lr": 0.1}}, resume_step=start)
-        for step in (start + 1, start + 2, start + 3)[: 3 if start == 0 else 2]:
+    for first in (0, 2):
+        tracker = build_tracker(cfg, tmp_path, run_id="abcd1234", config={"optim": {"lr": 0.1}}, resume_step=first)
+        for step in (first + 1, first + 2, first + 3)[: 3 if first == 0 else 2]:
             tracker.log(step, {"loss/total": 1.0 / step, "Train/Entropy_Teacher": 2.0})
         tracker.close()
     return tmp_path
@@ -63,6 +63,18 @@ def test_an_offline_run_calls_nobody(phantom_root, workplace):
         proxy.settimeout(0)
         with pytest.raises(BlockingIOError):
             proxy.accept()
+
+
+def test_a_user_without_a_home_hears_nothing_of_it(phantom_root, workplace, monkeypatch):
+    """As in a container that is started with a user's number; W&B and Matplotlib want a place for their caches."""
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    monkeypatch.setenv("TMPDIR", str(workplace))
+    command = [f"data.root={phantom_root}", "train.max_steps=1", "monitor.every=1", "tracker.wandb=offline"]
+    process = start("train", *TINY, *command, "run_dir=run", cwd=workplace)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert (workplace / "run" / "monitor" / "step_00000001" / "heatmap.png").exists()
+    assert not list(workplace.glob("dinoct-cache-*"))
 
 
 def test_metrics_of_a_resumed_run_hold_each_step_once(logged):
