@@ -48,6 +48,7 @@ def run_log(path: Path | None = None) -> Iterator[logging.Logger]:
         file = _LogFile(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(file)
+    level, propagate = log.level, log.propagate
     log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in handlers:
@@ -55,6 +56,8 @@ def run_log(path: Path | None = None) -> Iterator[logging.Logger]:
     try:
         yield log
     finally:
+        log.setLevel(level)
+        log.propagate = propagate
         for handler in handlers:
             log.removeHandler(handler)
             with suppress(OSError):
