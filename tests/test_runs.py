@@ -259,6 +259,20 @@ def test_an_unfair_comparison_is_named(runs, capsys):
         assert words in err
 
 
+def test_code_whose_steps_were_taken_again_made_nothing_of_a_run(tmp_path):
+    """A start that ended before a checkpoint, and a branch that was turned back from."""
+    starts = [("0123456789ab", 0), ("aaaaaaaaaaaa", 6), ("bbbbbbbbbbbb", 9), ("0123456789ab", 6), ("cccccccccccc", 8)]
+    history = [
+        {"at": f"2026-01-0{i}T12:00:00", "git_commit": code, "from_step": step}
+        for i, (code, step) in enumerate(starts, 1)
+    ]
+    make(tmp_path / "a", history=history[:4])
+    make(tmp_path / "b")
+    assert unfair(find_runs([tmp_path])) == []
+    make(tmp_path / "c", history=history)
+    assert "0123456789ab, cccccccccccc in 1" in unfair(find_runs([tmp_path]))[0]
+
+
 def test_the_table_fits_the_terminal(runs, capsys, monkeypatch):
     from dinoct.compare import table as runtable
 

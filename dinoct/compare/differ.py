@@ -153,8 +153,17 @@ def column_of(runs: Sequence[Run], typed: str) -> str:
 
 
 def commits(run: Run) -> str:
-    """The code that the run was made by; more than one where it was resumed with another."""
-    each = [str(event["git_commit"]) for event in run.history if event.get("git_commit")]
+    """The code that the run was made by; more than one where it was resumed with another.
+
+    A start left nothing of its code where later ones took all of its steps again: it ended before a checkpoint, say.
+    """
+    from_step = [event.get("from_step") for event in run.history]
+    from_step = [step if isinstance(step, int) else 0 for step in from_step]
+    each = [
+        str(event["git_commit"])
+        for i, event in enumerate(run.history)
+        if event.get("git_commit") and all(later > from_step[i] for later in from_step[i + 1 :])
+    ]
     return ", ".join(dict.fromkeys(each or [str(run.config.get("git_commit", "unknown"))]))
 
 
