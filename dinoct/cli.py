@@ -6,22 +6,17 @@ Nothing heavy is imported here, so that `--help` and a mistyped key answer at on
 import argparse
 import difflib
 import errno
-import io
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises what happened instead of printing its own digest
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -29,9 +24,18 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dinoct.caches import find_room_for_caches
-from dinoct.errors import ConfigError, DinoctError
-from dinoct.legacy import quote
+from dinoct.errors import DinoctError
 from dinoct.stopping import hand_on
+from dinoct.typed import (
+    QUOTING,
+    keep_text,
+    option_keys,
+    quoted,
+    refuse_empty_values,
+    refuse_unknown_additions,
+    refuse_what_hydra_cannot_parse,
+    sweep_argument,
+)
 
 if hasattr(argparse.ArgumentParser, "_check_help"):  # Python 3.14 reads help texts when they are added to a parser,
     _check_help = argparse.ArgumentParser._check_help  # and Hydra 1.3 has one that is none before it is shown
@@ -43,9 +47,6 @@ if hasattr(argparse.ArgumentParser, "_check_help"):  # Python 3.14 reads help te
     argparse.ArgumentParser._check_help = _check_text
 
 DONE, ERROR, FAILED = 0, 1, 2
-_TEXTS = (str, str | None, list[str], list[str] | None, Any)
-_NO_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.I)
-QUOTING = "a value with more than plain letters, digits and ._-/: needs quotes, for the shell too"
 told: list[str] = []  # what was said of this job's error, for the table of its sweep
 
 
@@ -136,11 +137,6 @@ def complain(error: Exception, schema: type) -> int:
     return ERROR
 
 
-def sweep_argument(arguments: Sequence[str]) -> str | None:
-    """The argument that asks for a sweep, where one does."""
-    return next((a for a in arguments if a in ("-m", "--multirun") or a.startswith("+sweep=")), None)
-
-
 def typed_place(error: OSError, arguments: Sequence[str]) -> str | None:
     """The argument that led to the file of an error: its value is the file, or a folder above it or in it."""
     if not isinstance(error.filename, str | bytes) or not error.strerror:
@@ -153,74 +149,6 @@ def typed_place(error: OSError, arguments: Sequence[str]) -> str | None:
         if value and place != "/" and (shared == place or (shared == path and "/" in value)):
             return argument
     return None
-
-
-def refuse_what_hydra_cannot_parse(arguments: Sequence[str]) -> None:
-    """Hydra's parser prints its whole usage and exits with 2, which means a failed evaluation here.
-
-    Raises:
-        ConfigError: naming the argument.
-    """
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            get_args_parser().parse_args(arguments)
-    except SystemExit as end:
-        if end.code in (0, None):  # --help and its like end the parse too
-            return
-        reason = said.getvalue().strip().splitlines()[-1].split("error:", 1)[-1].strip()
-        raise ConfigError(
-            f"{reason}. Settings are KEY=VALUE without dashes, and flags such as -m stand before them; "
-            "the older flags work with scripts/phase5_*.py"
-        ) from None
-
-
-def keep_text(arguments: Sequence[str], schema: type) -> list[str]:
-    """Arguments in which what looks like a number and is a text stands in quotes.
-
-    Hydra reads ``run_dir=20260103_120000`` as the number 20260103120000, and a patient 1e5 as 100000.0.
-    """
-    texts = {key for key, kind in option_types(schema) if kind in _TEXTS}
-    out = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.lstrip("+") in texts:
-            inside = re.fullmatch(r"\[([^\[\]'\"]*)\]", value)
-            kept = f"[{','.join(map(_kept, inside[1].split(',')))}]" if inside else _kept(value)
-            argument = f"{key}={kept}"
-        out.append(argument)
-    return out
-
-
-def _kept(value: str) -> str:
-    return f"'{value.strip()}'" if _NO_TEXT.fullmatch(value.strip()) else value
-
-
-def refuse_empty_values(arguments: Sequence[str], schema: type) -> None:
-    """``run_dir=`` is what a shell makes of an unset variable, and as a path it would be the current folder.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    known = {*option_keys(schema), "experiment"}
-    for argument in arguments:
-        key, _, value = argument.lstrip("+").partition("=")
-        if "=" in argument and key in known and not value.strip("'\" "):
-            raise ConfigError(f"{key}= has no value: give one, or {key}=null for none")
-
-
-def refuse_unknown_additions(arguments: Sequence[str], schema: type) -> None:
-    """Hydra lets ``+key=value`` add a key that nothing reads; only settings and groups are worth adding.
-
-    Raises:
-        ConfigError: naming the override.
-    """
-    known = {*option_keys(schema), "sweep", "experiment"}
-    for argument in arguments:
-        key = argument.lstrip("+").split("=", 1)[0].split("@")[0]
-        if argument.startswith("+") and key not in known and not key.startswith("hydra"):
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"{argument}: there is no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def explain_config_error(error: Exception, schema: type, overrides: Sequence[str]) -> str:
@@ -237,10 +165,13 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         key = error.override.lstrip("+~").split("=", 1)[0]
         if key not in known and not key.startswith("hydra"):
             return f"{key} is not a setting (see --cfg job)"
+        if "=" not in error.override:
+            return f"{key} stands there without a value: a setting is {key}=VALUE, in one word"
         return f"{error.override} cannot be read: {QUOTING}: {quoted(error.override)}"
     if text.startswith("Ambiguous value for argument"):
         typed = text.splitlines()[0].split("'", 1)[1].removesuffix("'")
-        return f"{typed}: several values are a sweep (-m) or a list (in brackets); {QUOTING}: {quoted(typed)}"
+        key, _, values = typed.partition("=")
+        return f"{typed}: several values are a sweep (-m) or a list, '{key}=[{values}]'; {QUOTING}: {quoted(typed)}"
     if "missing mandatory value:" in text.lower():
         key = text.rsplit(":", 1)[1].split()[0]
         return f"{key} is needed: give {key}=..."
@@ -269,31 +200,3 @@ def _whole_number(found: re.Match) -> str:
     except (ValueError, OverflowError):
         nearest = ""
     return f"it must be a whole number{nearest}"
-
-
-def quoted(override: str) -> str:
-    """An override as a shell takes it, its value in quotes: ``'checkpoint="Müller/x.pth"'``."""
-    key, _, value = override.partition("=")
-    if key == "source":  # it is not repeated, see `complain`
-        value = '"..."'
-    elif re.fullmatch(r"\[.*\]", value):
-        value = f"[{','.join(quote(item, mark=chr(34)) for item in value[1:-1].split(','))}]"
-    else:
-        value = quote(value, mark='"', plain="")
-    return shlex.quote(f"{key}={value}")
-
-
-def option_keys(schema: type) -> list[str]:
-    """All keys that a user may set, dotted: the public option surface."""
-    return [key for key, _ in option_types(schema)]
-
-
-def option_types(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
-    """`option_keys`, each with its type."""
-    found = []
-    for item in fields(schema):
-        name = f"{prefix}{item.name}"
-        found.append((name, item.type))
-        if is_dataclass(item.type):
-            found += option_types(item.type, f"{name}.")
-    return found

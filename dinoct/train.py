@@ -7,11 +7,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dinoct.cli import Outcome, run_command, sweep_argument
+from dinoct.cli import Outcome, run_command
 from dinoct.compare.read import read_figures
 from dinoct.config import TrainConfig
 from dinoct.errors import ConfigError
 from dinoct.sweeps import check_sweep
+from dinoct.typed import sweep_argument
 from dinoct.validate import check_deletions
 
 

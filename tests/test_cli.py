@@ -9,8 +9,8 @@ import pytest
 import torch
 from commands import REPOSITORY, TINY, run
 
-from dinoct.cli import keep_text
 from dinoct.config import PrepareConfig
+from dinoct.typed import keep_text
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,9 @@ from dinoct.config import PrepareConfig
         (["model.patch=14", "model.img_size=512"], ["model.img_size=512", "model.patch=14", "504 or 518"]),
         (["data.root=/nowhere"], ["data.root", "/nowhere", "dinoct-prepare"]),
         (["train.max_steps=many"], ["train.max_steps", "many"]),
+        (["train.max_steps", "3"], ["a setting is train.max_steps=VALUE, in one word"]),
+        (["experiment=null", "model=vit-tiny"], ["experiment=null", "leave it out"]),
+        (["tracker.tags=a,b"], ["'tracker.tags=[a,b]'"]),
         (["resume=auto"], ["resume=auto: no usable checkpoint in outputs/runs"]),
         (["resume=/nowhere/c.pth"], ["there is no checkpoint at /nowhere/c.pth"]),
         (["hardware.device=cuda"], ["hardware.device=cuda was asked for"]),

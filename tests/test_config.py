@@ -7,10 +7,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from dinoct.cli import option_keys
 from dinoct.config import TrainConfig, to_object
 from dinoct.errors import ConfigError
 from dinoct.models.backbone import Backbone, parameter_count
+from dinoct.typed import option_keys
 from dinoct.validate import check_deletions, local_crop_size, teach, validate
 
 CONF = Path(dinoct.conf.__file__).parent

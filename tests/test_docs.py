@@ -15,7 +15,7 @@ from doc_commands import Place, look_up
 from doc_lines import Line, fenced, inline, is_command
 
 from dinoct import config
-from dinoct.cli import option_keys
+from dinoct.typed import option_keys
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(REPOSITORY)): page.read_text(encoding="utf-8") for page in PAGES}

@@ -3,10 +3,10 @@
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dinoct.cli import option_keys
 from dinoct.config import EvalConfig, MonitorConfig, TrainConfig
 from dinoct.errors import ConfigError
 from dinoct.legacy import EVAL_FLAGS, MONITOR_FLAGS, TRAIN_FLAGS, TRAIN_SWITCHES, run_legacy, step_note, to_overrides
+from dinoct.typed import option_keys
 
 
 def test_phase5a_as_typed():
