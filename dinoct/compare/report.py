@@ -21,6 +21,8 @@ def show(folders: Sequence[str]) -> None:
     """
     if len(folders) != 1:
         raise ConfigError("show takes one run folder: dinoct-runs show outputs/runs/ID")
+    if not Path(folders[0]).is_dir():
+        raise ConfigError(f"there is no folder {folders[0]}; the folder of a sweep's job has its overrides in its name")
     run = read_run(Path(folders[0]))
     if run is None:
         raise ConfigError(f"{folders[0]} is not a run folder (it has no config.json)")

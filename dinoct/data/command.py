@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dinoct.config import PhantomConfig, PrepareConfig
+from dinoct.config import DataConfig, PhantomConfig, PrepareConfig
 from dinoct.console import console, progress
 from dinoct.data.labels import write_lidc_labels
 from dinoct.data.masks import write_masks
 from dinoct.data.pipeline import PrepareOptions, PrepareReport, Progress, explain, prepare_dataset
 from dinoct.data.privacy import private_folder, write_salt
 from dinoct.data.sources import require
-from dinoct.data.splits import few_held_out
+from dinoct.data.splits import default_split, few_held_out
 from dinoct.errors import ConfigError
 
 
@@ -142,6 +142,10 @@ def _print_report(report: PrepareReport) -> None:
     )
     console.print(f"index {report.index_csv}", markup=False)
     console.print(f"split {report.split_manifest}", markup=False)
+    taken = default_split(report.split_manifest.parent, DataConfig().split_seed)
+    if taken != report.split_manifest:
+        said = f"dinoct-train takes {taken.name} unless it is told data.split_manifest={report.split_manifest}"
+        console.print(f"  WARNING: {said}", markup=False)
     console.print(f"  {report.patients_train} patients to train on, {report.patients_held_out} held out", markup=False)
     if few := few_held_out(report.patients_held_out):
         console.print(f"  WARNING: {few}")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dinoct.config import DataConfig
 from dinoct.data.batch import collate
 from dinoct.data.index import SliceIndex
-from dinoct.data.splits import SplitManifest
+from dinoct.data.splits import SplitManifest, default_split
 from dinoct.data.store import SliceStore, checksum
 from dinoct.data.views import ViewMaker, letterbox
 from dinoct.errors import ConfigError, DinoctError
@@ -35,7 +35,7 @@ def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
         raise ConfigError("data.root is needed: the folder that dinoct-prepare wrote")
     root = Path(data.root) if data.root else Path(data.index_csv).absolute().parent.parent
     index = Path(data.index_csv) if data.index_csv else root / "_index" / "index.csv"
-    split = Path(data.split_manifest) if data.split_manifest else _default_split(root / "_splits", data.split_seed)
+    split = Path(data.split_manifest) if data.split_manifest else default_split(root / "_splits", data.split_seed)
     if not index.is_file():
         key = "data.index_csv" if data.index_csv else "data.root"
         cure = f"run dinoct-prepare source=... data.root={root}, or give the {key}=... that has one"
@@ -44,13 +44,6 @@ def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
         have = ", ".join(sorted(path.name for path in split.parent.glob("*.json"))) or "none"
         raise ConfigError(f"data.split_manifest: there is no split manifest at {split} (there: {have})")
     return index, split, index.absolute().parent.parent / "store"
-
-
-def _default_split(folder: Path, seed: int) -> Path:
-    """val10 of the seed, or the only manifest of that seed where the share is another one."""
-    usual = folder / f"val10_seed{seed}.json"
-    others = list(folder.glob(f"val*_seed{seed}.json"))
-    return others[0] if len(others) == 1 and not usual.exists() else usual
 
 
 def open_split(data: DataConfig) -> tuple[SliceIndex, SliceIndex, SliceStore, SplitManifest]:

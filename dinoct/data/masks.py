@@ -145,6 +145,19 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(file, **arrays)
 
 
+def forget(folder: Path, index: SliceIndex) -> None:
+    """Take away the masks of slices that the index does not have any more, of a patient who was withdrawn say."""
+    for path in sorted(folder.glob("*.npz")):
+        keep = set(index.slice_id[[name == path.stem for name in np.array(index.series_names)[index.series]]].tolist())
+        with suppress(MaskError):  # of an earlier format, or damaged: told where they are used
+            masks = _load(path)
+            kept = [key for key in masks if key in keep]
+            if not kept:
+                path.unlink()
+            elif len(kept) < len(masks):
+                _write(path, slice_id=np.array(kept), mask=np.stack([masks[key] for key in kept]))
+
+
 class MaskError(DinoctError):
     """Masks that are there and cannot be used."""
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinoct.data import jobs, series, sources
+from dinoct.data import jobs, masks, series, sources
 from dinoct.data.catalog import Catalog
 from dinoct.data.dicom import Rejected
 from dinoct.data.files import FileRef
@@ -208,6 +208,7 @@ def _put_in_place(run: _Run, tables: Tables) -> SliceIndex:
     index = tables.write_index()
     remove_series_except(store, set(index.series_names))
     remove_series_except(run.root / MASKS, set(index.series_names), ".npz")
+    masks.forget(run.root / MASKS, index)
     return index
 
 

@@ -26,6 +26,13 @@ def patient_draw(patient: str, seed: int) -> float:
     return int.from_bytes(digest, "big") / 2.0**64
 
 
+def default_split(folder: Path, seed: int) -> Path:
+    """The manifest that is taken unless ``data.split_manifest`` names one: val10, or the only one of that seed."""
+    usual = folder / split_file_name(0.1, seed)
+    others = list(folder.glob(f"val*_seed{seed}.json"))
+    return others[0] if len(others) == 1 and not usual.exists() else usual
+
+
 def few_held_out(patients: int) -> str:
     """What so few held-out patients mean for a verdict, and what to do; empty where they are enough."""
     if patients >= ENOUGH_PATIENTS:
@@ -195,8 +202,8 @@ def _still_named(val: frozenset[str], patients: Iterable[str]) -> list[str]:
     left = sorted(val.intersection(patients))
     if not left:
         raise DinoctError(
-            f"the {len(val)} held-out patients that split.val_patients named before are not in the data any more: name "
-            "others, or split.val_patients=[] to have a hash choose them"
+            f"the {len(val)} held-out patients that split.val_patients named before are not in the data any more, and "
+            "nothing was removed from the data set: name others, or split.val_patients=[] to have a hash choose them"
         )
     return left
 

@@ -206,12 +206,13 @@ class SliceStore:
         if self._pid != os.getpid():  # forked: start afresh
             self._handles.clear()
             self._pid = os.getpid()
+        path = series_path(self.folder, series)
+        if not path.is_file():
+            self._handles.pop(series, None)  # it would give the slices of a patient who was withdrawn
+            raise DinoctError(f"series {series} is not in the store at {self.folder}: run dinoct-prepare again")
         if series in self._handles:
             self._handles.move_to_end(series)
             return self._handles[series]
-        path = series_path(self.folder, series)
-        if not path.is_file():
-            raise DinoctError(f"series {series} is not in the store at {self.folder}: run dinoct-prepare again")
         with open(path, "rb") as probe:  # too many open files, or a failing disk, is not a damaged series
             probe.read(1)
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic_dicom
+from commands import run
 from synthetic_dicom import body, enhanced, save, write_misbehaving, write_series, write_slice
 
 from dinoct.data import dicom, files, jobs
@@ -279,6 +280,41 @@ def test_a_series_that_changes_under_a_run_is_an_error_and_no_other_slice(source
     for i in range(len(index)):
         with pytest.raises(DinoctError, match="dinoct-prepare changed it") if i in changed else nullcontext():
             read_slice(index, store, i)
+
+
+def test_slices_of_a_patient_who_is_withdrawn_are_not_read_from_an_open_file(source, root):
+    """A run that goes on must not learn from them; it ends as where the disk vanishes."""
+    index, store = SliceIndex.load(prepare(source, root).index_csv), SliceStore(root / "store")
+    read_slice(index, store, 0)
+    (root / "store" / f"{index.series_name(0)}.b2nd").unlink()
+    with pytest.raises(DinoctError, match="is not in the store"):
+        read_slice(index, store, 1 if index.series_name(1) == index.series_name(0) else 0)
+
+
+def test_a_split_that_training_does_not_take_says_how_it_is_taken(source, root, capsys):
+    typed = [f"source={source}", f"data.root={root}", "prepare.workers=0"]
+    assert run("prepare", *typed) == 0
+    assert "unless it is told" not in capsys.readouterr().out
+    assert run("prepare", *typed, "split.val_fraction=0.5") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "dinoct-train takes val10_seed0.json unless it is told data.split_manifest=" in said
+
+
+def test_masks_of_slices_that_were_withdrawn_go_with_them(root, tmp_path):
+    source = tmp_path / "in"
+    for patient in "AB":
+        write_series(source / patient, 6, patient=patient, seed=ord(patient))
+    prepare(source, root)
+    files = sorted(path.name for path in (source / "A").iterdir())
+    np.savez(source / "A" / "m.npz", mask=np.ones((6, 64, 64), np.uint8), files=files)
+    write_masks(source, root)
+    (path,) = (root / "_masks").iterdir()
+    for name in files[4:]:
+        (source / "A" / name).unlink()
+    index = SliceIndex.load(prepare(source, root).index_csv)
+    with np.load(path) as masks:
+        assert len(masks["slice_id"]) == 4
+        assert set(masks["slice_id"]) <= set(index.slice_id)
 
 
 def test_masks_stay_with_their_slices_when_a_series_grows_and_go_with_it(root, tmp_path):
