@@ -147,15 +147,19 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
 
 def forget(folder: Path, index: SliceIndex) -> None:
     """Take away the masks of slices that the index does not have any more, of a patient who was withdrawn say."""
+    codes = {name: code for code, name in enumerate(index.series_names)}
     for path in sorted(folder.glob("*.npz")):
-        keep = set(index.slice_id[[name == path.stem for name in np.array(index.series_names)[index.series]]].tolist())
-        with suppress(MaskError):  # of an earlier format, or damaged: told where they are used
-            masks = _load(path)
-            kept = [key for key in masks if key in keep]
-            if not kept:
-                path.unlink()
-            elif len(kept) < len(masks):
-                _write(path, slice_id=np.array(kept), mask=np.stack([masks[key] for key in kept]))
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                ids = content["slice_id"]  # the masks themselves take long to read
+                kept = np.isin(ids, index.slice_id[index.series == codes.get(path.stem, -1)])
+                mask = None if kept.all() else content["mask"][kept]
+        except _UNREADABLE:  # of an earlier format, or damaged: told where they are used
+            continue
+        if not kept.any():
+            path.unlink()
+        elif mask is not None:
+            _write(path, slice_id=ids[kept], mask=mask)
 
 
 class MaskError(DinoctError):
