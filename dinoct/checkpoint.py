@@ -8,7 +8,7 @@ A run folder::
       checkpoint_final_00000384.pth    hard link to the last one of a finished run
       checkpoint_best_00000200.pth     best mean percentile rank of the evaluations in training (eval.every)
       emergency_00000123.pth           the state when training went wrong: before a NaN, or at a sign of collapse
-      abandoned_00000500.pth           later than the checkpoint that the run was resumed from
+      abandoned_00000500.pth           of another line than the checkpoint that the run was resumed from
       metrics.jsonl train.log tb/ wandb/ monitor/step_00001000/
 
 A checkpoint is tensors plus JSON in torch's zip container: ``{"meta": str, "state": nested dicts of tensors}``. It is

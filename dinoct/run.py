@@ -24,6 +24,7 @@ from dinoct.engine import Engine
 from dinoct.errors import ConfigError, DinoctError
 from dinoct.faults import explain, is_out_of_memory
 from dinoct.hardware import Hardware, keep_effective_batch, resolve, settle
+from dinoct.lineage import Line
 from dinoct.locking import NO_LOCKS
 from dinoct.models.backbone import parameter_count
 from dinoct.models.load import initial_weights
@@ -37,7 +38,7 @@ from dinoct.saving import check_space_for_run, state_bytes
 from dinoct.schedules import BEHIND_HORIZON, ENDLESS_HORIZON, Schedules
 from dinoct.stopping import interruptible
 from dinoct.tracking import Tracker, build_tracker
-from dinoct.turnback import turn_back
+from dinoct.turnback import rewind, turn_back
 from dinoct.validate import EIGHT_BIT
 
 RANK_SEEDS = 1_000_003  # between two ranks' generators
@@ -223,6 +224,7 @@ def _made_ready(
         cfg.tracker.group = plan.sweep or folder.path.name
     parts = _parts(plan, hardware, parallel)
     hardware = fit_batch(plan, hardware, parts.model, slices=len(train_index))
+    line = Line.of(checkpoint.meta, checkpoint.step) if checkpoint else Line((), 0)
     meta = {
         "config": plan.config_dict(),
         "choices": plan.choices,
@@ -231,12 +233,17 @@ def _made_ready(
         "git_commit": provenance.git_commit(),
         "data_manifest_hash": provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val),
         "train_patients": _patients_seen(plan, manifest.train),
+        "starts": line.then(),
         "environment": provenance.environment(),
         "hardware": hardware.describe(),
     }
     log.info("run folder %s", folder.path)
     _announce(plan, hardware, parts, data)
     _check_before(plan, folder, parts, meta, held_out=manifest.val)
+    if plan.resumes_in_place:
+        _turn_back(plan, folder, line)
+    was = Line.of(folder.read_config(), 0)
+    rewound = rewind(folder.path / "metrics.jsonl", was, line if plan.resumes_in_place else Line((), 0))
     folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(parts.model.student.backbone)))
     cfg.tracker.tags = list(dict.fromkeys([*cfg.tracker.tags, cfg.model.name, cfg.hardware.name]))
     tracker = build_tracker(
@@ -246,7 +253,7 @@ def _made_ready(
         config=meta["config"]
         | {k: meta[k] for k in ("git_commit", "data_manifest_hash", "environment")}
         | {"machine": meta["hardware"]},
-        resume_step=checkpoint.step if plan.resumes_in_place else 0,
+        rewound=rewound,
     )
     try:
         return _engine(plan, hardware, data, parts, folder, tracker, meta), tracker
@@ -282,16 +289,23 @@ def _check_before(
     size = state_bytes(parts.model.state_dict())
     size *= 1.25 if plan.cfg.optim.moments == EIGHT_BIT else 2  # float32 moments are as large as student and teacher
     check_space_for_run(folder.path, size, plan.cfg.ckpt.keep_last)
-    if plan.resumes_in_place:
-        saved_since = checkpoints.later_than(folder.path, checkpoint.step)
-        for path in turn_back(folder.path, checkpoint.path, checkpoint.step):
-            log.warning("of another branch than the checkpoint that this run goes on from, renamed: %s", path.name)
-        history = folder.read_config().get("history", [])
-        if not saved_since and (lost := lost_changes(history, checkpoint.step, plan.changes)):
-            log.warning(
-                "the last start from step %d ended before a checkpoint, so that these are not set, type them again: %s",
-                checkpoint.step, ", ".join(lost),
-            )  # fmt: skip
+
+
+def _turn_back(plan: RunPlan, folder: RunFolder, line: Line) -> None:
+    """Make the checkpoint that the run goes on from the newest of its folder, and say what that changed."""
+    checkpoint = plan.checkpoint
+    saved_since = checkpoints.later_than(folder.path, checkpoint.step)
+    turned = turn_back(folder.path, checkpoint.path, line)
+    for path in turned.left:
+        log.warning("of another branch than the checkpoint that this run goes on from, renamed: %s", path.name)
+    for path in turned.taken_up:
+        log.warning("of the branch that this run goes on with, renamed: %s", path.name)
+    history = folder.read_config().get("history", [])
+    if not saved_since and (lost := lost_changes(history, checkpoint.step, plan.changes)):
+        log.warning(
+            "the last start from step %d ended before a checkpoint, so that these are not set, type them again: %s",
+            checkpoint.step, ", ".join(lost),
+        )  # fmt: skip
 
 
 def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:
@@ -323,6 +337,7 @@ def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parame
     now = time.strftime("%Y-%m-%dT%H:%M:%S")
     event = {
         "at": now,
+        "start": meta["starts"][-1][1],
         "command": plan.command,
         "from_step": plan.checkpoint.step if plan.checkpoint else 0,
         "from_checkpoint": str(plan.checkpoint.path) if plan.checkpoint else None,
@@ -339,7 +354,10 @@ def run_config(plan: RunPlan, folder: RunFolder, meta: dict[str, Any], *, parame
         "overrides": plan.overrides or (None if plan.changes else before.get("overrides")),
         "job": plan.job or before.get("job"),
         "parameters": parameters,
-        **{key: meta[key] for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon")},
+        **{
+            key: meta[key]
+            for key in ("git_commit", "data_manifest_hash", "environment", "hardware", "horizon", "starts")
+        },
         "choices": plan.choices,
         "config": plan.config_dict(),
         "history": [*before.get("history", []), event],

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dinoct.config import TrackerConfig
 from dinoct.console import log
-from dinoct.durable import replacing_text
+from dinoct.turnback import FROM_START, Rewound
 
 
 class Sink(Protocol):
@@ -21,11 +21,9 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object per record, steps strictly rising; a resume cuts what lies behind its step."""
+    """metrics.jsonl: one object per record, steps strictly rising."""
 
-    def __init__(self, path: Path, *, resume_step: int = 0):
-        if path.exists():
-            rewind(path, resume_step)
+    def __init__(self, path: Path):
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115  line by line, closed by close()
         self.waiting: list[bytes] = []  # records that a full disk did not take
 
@@ -47,29 +45,13 @@ class JsonLines:
         self.file.close()
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop the records behind `step`, and what is none: half a line, which a power cut leaves, or a damaged one."""
-    kept = [
-        line
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if _step(line, default=step + 1) <= step
-    ]
-    with replacing_text(path) as file:
-        file.writelines(f"{line}\n" for line in kept)
-
-
-def _step(line: str, *, default: int) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return default
-
-
 class TensorBoard:
-    def __init__(self, folder: Path, *, resume_step: int = 0):
+    def __init__(self, folder: Path, *, rewound: Rewound):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=rewound.step + 1)
+        for record in rewound.back:
+            self.log(record["step"], {tag: value for tag, value in record.items() if tag != "step"})
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for tag, value in scalars.items():
@@ -183,13 +165,13 @@ class Tracker:
 
 
 def build_tracker(
-    cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], resume_step: int = 0
+    cfg: TrackerConfig, folder: Path, *, run_id: str, config: Mapping[str, Any], rewound: Rewound = FROM_START
 ) -> Tracker:
-    """The tracker of a training run in `folder`; `resume_step` is the step of the checkpoint that it goes on from."""
-    record = JsonLines(folder / "metrics.jsonl", resume_step=resume_step)
+    """The tracker of a training run in `folder`, whose metrics.jsonl was `rewound` to where it goes on."""
+    record = JsonLines(folder / "metrics.jsonl")
     sinks: list[Sink] = []
     if cfg.tensorboard:
-        sinks.append(TensorBoard(folder / "tb", resume_step=resume_step))
+        sinks.append(TensorBoard(folder / "tb", rewound=rewound))
     if cfg.wandb != "disabled":
         sinks.append(open_wandb(cfg, folder, run_id=run_id, config=config, job_type="train"))
     return Tracker(record, sinks)

@@ -13,6 +13,7 @@ import torch
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import find_latest, link_final, list_checkpoints, load, rotate, save
 from dinoct.errors import CheckpointError, DinoctError
+from dinoct.lineage import Line
 from dinoct.turnback import turn_back
 
 STATE = {"model": {"w": torch.arange(4096, dtype=torch.float32)}, "optimizer": {"w": {"step": torch.tensor(3.0)}}}
@@ -161,7 +162,7 @@ def test_going_on_from_the_best_encoder_keeps_it(tmp_path, monkeypatch):
         (tmp_path / name).write_text(name)
     best = Path("checkpoint_best_00000004.pth")  # as it was typed, and not as the folder has it
     best.write_text("another branch")
-    turn_back(tmp_path, best, 4)
+    turn_back(tmp_path, best, Line(None, 4))
     assert contents(tmp_path) == {
         "abandoned_00000004.pth": "checkpoint_00000004.pth",
         "abandoned_00000006.pth": "checkpoint_00000006.pth",
@@ -193,12 +194,12 @@ def test_nothing_is_lost_by_going_on_from_what_was_set_aside(tmp_path, monkeypat
     for each in left:
         (tmp_path / each).write_text(f"B {each}")
     (tmp_path / f"{name}.pth").write_text("A")
-    moved = turn_back(tmp_path, tmp_path / f"{name}.pth", 4)
+    moved, _ = turn_back(tmp_path, tmp_path / f"{name}.pth", Line(None, 4))
     found = contents(tmp_path)
     assert found[f"{name}.pth"] == found["checkpoint_00000004.pth"] == "A"
     assert sorted(found[path.name] for path in moved) == sorted(f"B {each}" for each in left)
     assert len(found) == len(moved) + 2
-    assert turn_back(tmp_path, tmp_path / "checkpoint_00000004.pth", 4) == []
+    assert turn_back(tmp_path, tmp_path / "checkpoint_00000004.pth", Line(None, 4)) == ([], [])
 
 
 def test_a_disk_that_takes_no_copy_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -209,7 +210,7 @@ def test_a_disk_that_takes_no_copy_leaves_the_folder_as_it_was(tmp_path, monkeyp
     monkeypatch.setattr(os, "link", no_links(errno.EPERM))
     monkeypatch.setattr("shutil.copyfileobj", no_links(errno.ENOSPC))
     with pytest.raises(CheckpointError, match="No space left"):
-        turn_back(tmp_path, tmp_path / "emergency_00000001.pth", 1)
+        turn_back(tmp_path, tmp_path / "emergency_00000001.pth", Line(None, 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -218,7 +219,7 @@ def test_what_has_the_same_state_stays(tmp_path):
     write(tmp_path, 4)
     os.rename(tmp_path / "checkpoint_00000004.pth", tmp_path / "checkpoint_best_00000004.pth")
     save(tmp_path / "emergency_00000004.pth", STATE, {"step": 4, "positions": [1, 2]})
-    assert turn_back(tmp_path, tmp_path / "emergency_00000004.pth", 4) == []
+    assert turn_back(tmp_path, tmp_path / "emergency_00000004.pth", Line(None, 4)) == ([], [])
     assert load(tmp_path / "checkpoint_00000004.pth").meta["positions"] == [1, 2]
     assert load(tmp_path / "checkpoint_best_00000004.pth").step == 4
 
@@ -227,7 +228,7 @@ def test_shares_that_a_run_goes_on_from_leave_the_best_of_their_step(tmp_path):
     (tmp_path / "sharded_00000004").mkdir()
     (tmp_path / "sharded_00000006").mkdir()
     (tmp_path / "checkpoint_best_00000004.pth").touch()
-    moved = turn_back(tmp_path, tmp_path / "sharded_00000004", 4)
+    moved, _ = turn_back(tmp_path, tmp_path / "sharded_00000004", Line(None, 4))
     assert [path.name for path in moved] == ["abandoned_sharded_00000006"]
     assert (tmp_path / "checkpoint_best_00000004.pth").exists()
 
@@ -269,7 +270,7 @@ def test_the_only_file_of_a_step_is_not_deleted_for_being_called_final(tmp_path)
     for step in (2, 3, 6):
         (tmp_path / checkpoints.checkpoint_name(step)).write_text(f"A {step}")
     os.link(tmp_path / "checkpoint_00000006.pth", tmp_path / "checkpoint_final_00000006.pth")
-    turn_back(tmp_path, tmp_path / "checkpoint_00000003.pth", 3)
+    turn_back(tmp_path, tmp_path / "checkpoint_00000003.pth", Line(None, 3))
     assert contents(tmp_path) == {
         "checkpoint_00000002.pth": "A 2",
         "checkpoint_00000003.pth": "A 3",

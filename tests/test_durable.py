@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from dinoct import checkpoint, durable, rundir, tracking
+from dinoct import checkpoint, durable, rundir, turnback
 from dinoct.compare import report
 from dinoct.data import columns, index, masks
 from dinoct.data.splits import SplitManifest
 from dinoct.delivery import feature_table
 from dinoct.delivery.feature_table import FeatureTable
 from dinoct.errors import ConfigError
+from dinoct.lineage import Line
 from dinoct.viz import figures
 
 TABLE = FeatureTable({"series": np.array(["a"]), "patient": np.array(["b"])}, np.zeros((1, 2), np.float32), {})
@@ -29,7 +30,7 @@ def save_columns(path: Path) -> None:
 
 def rewind(path: Path) -> None:
     path.write_text('{"step": 1}\n')
-    tracking.JsonLines(path, resume_step=1).close()
+    turnback.rewind(path, Line(None, 0), Line(None, 1))
 
 
 WRITERS = {

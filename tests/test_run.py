@@ -469,7 +469,7 @@ def test_a_start_that_ends_before_its_first_checkpoint_turns_back_all_the_same(
     assert "type them again: optim.lr: 0.002 -> 0.003" in " ".join(capfd.readouterr().out.split())
     found = checkpoints.load(folder / "checkpoint_00000004.pth").state["model"]
     assert all(torch.equal(first[name], found[name]) for name in first)
-    assert {"abandoned_00000003.pth", "abandoned_00000004x.pth"} <= {path.name for path in folder.glob("*.pth")}
+    assert {"abandoned_00000003x.pth", "abandoned_00000004x.pth"} <= {path.name for path in folder.glob("*.pth")}
 
 
 def test_a_process_that_trained_on_until_the_lock_was_free_is_not_turned_back(

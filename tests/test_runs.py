@@ -273,6 +273,17 @@ def test_code_whose_steps_were_taken_again_made_nothing_of_a_run(tmp_path):
     assert "0123456789ab, cccccccccccc in 1" in unfair(find_runs([tmp_path]))[0]
 
 
+def test_code_of_a_branch_that_a_run_is_not_of_made_nothing_of_it(tmp_path):
+    """a went to 9, b from 6 to 8, and the run went on from a's 9."""
+    starts = [("a", "0123456789ab", 0), ("b", "aaaaaaaaaaaa", 6), ("c", "0123456789ab", 9)]
+    history = [{"at": "x", "start": name, "git_commit": code, "from_step": step} for name, code, step in starts]
+    make(tmp_path / "a", history=history, starts=[[0, "a"], [9, "c"]])
+    make(tmp_path / "b")
+    assert unfair(find_runs([tmp_path])) == []
+    make(tmp_path / "c", history=history[:2], starts=[[0, "a"], [6, "b"]])
+    assert "0123456789ab, aaaaaaaaaaaa in 1" in unfair(find_runs([tmp_path]))[0]
+
+
 def test_the_table_fits_the_terminal(runs, capsys, monkeypatch):
     from dinoct.compare import table as runtable
 

@@ -11,13 +11,15 @@ import pytest
 from commands import TINY, run, start
 
 from dinoct.config import TrackerConfig
-from dinoct.tracking import JsonLines, Tracker, build_tracker, rewind
+from dinoct.lineage import Line
+from dinoct.tracking import JsonLines, Tracker, build_tracker
+from dinoct.turnback import rewind
 
 
 def test_rewind_cuts_later_records_and_half_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
-    rewind(path, 2)
+    rewind(path, Line(None, 0), Line(None, 2))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
@@ -41,7 +43,8 @@ def test_a_dead_tracker_does_not_end_the_run(tmp_path):
 def logged(tmp_path) -> Path:
     cfg = TrackerConfig(group="sweep1", tags=["demo", "cpu"])
     for first in (0, 2):
-        tracker = build_tracker(cfg, tmp_path, run_id="abcd1234", config={"optim": {"lr": 0.1}}, resume_step=first)
+        rewound = rewind(tmp_path / "metrics.jsonl", Line(None, 0), Line(None, first))
+        tracker = build_tracker(cfg, tmp_path, run_id="abcd1234", config={"optim": {"lr": 0.1}}, rewound=rewound)
         for step in (first + 1, first + 2, first + 3)[: 3 if first == 0 else 2]:
             tracker.log(step, {"loss/total": 1.0 / step, "Train/Entropy_Teacher": 2.0})
         tracker.close()

@@ -155,16 +155,26 @@ def column_of(runs: Sequence[Run], typed: str) -> str:
 def commits(run: Run) -> str:
     """The code that the run was made by; more than one where it was resumed with another.
 
-    A start left nothing of its code where later ones took all of its steps again: it ended before a checkpoint, say.
+    A start left nothing of its code where later ones took all of its steps again: it ended before a checkpoint, say; or
+    where the run went on from a branch that it is not of.
     """
-    from_step = [event.get("from_step") for event in run.history]
+    line = _starts(run)
+    events = [event for event in run.history if event.get("start") is None or not line or event["start"] in line]
+    from_step = [event.get("from_step") for event in events]
     from_step = [step if isinstance(step, int) else 0 for step in from_step]
     each = [
         str(event["git_commit"])
-        for i, event in enumerate(run.history)
+        for i, event in enumerate(events)
         if event.get("git_commit") and all(later > from_step[i] for later in from_step[i + 1 :])
     ]
     return ", ".join(dict.fromkeys(each or [str(run.config.get("git_commit", "unknown"))]))
+
+
+def _starts(run: Run) -> set[str]:
+    """Ids of the starts that led to where the run is; see `dinoct.lineage`."""
+    starts = run.config.get("starts")
+    pairs = starts if isinstance(starts, list) else []
+    return {str(pair[1]) for pair in pairs if isinstance(pair, list) and len(pair) == 2}
 
 
 def data_hash(run: Run) -> str:
