@@ -150,6 +150,16 @@ def load(path: str | Path, *, lazily: bool = False) -> Checkpoint:
     return Checkpoint(path, meta, state)
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint, of one file or of shares, with no check of its tensors; empty where it is none."""
+    try:
+        if path.is_dir():
+            return json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        return json.loads(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"])
+    except Exception:  # a foreign or damaged file can fail in any way
+        return {}
+
+
 def _migrate_1_to_2(meta: dict[str, Any]) -> dict[str, Any]:
     """Format 2 keeps what the anomaly detector has seen, and whom the weights have; both start anew."""
     anomalies = {"losses": [], "was_healthy": False, "wall_since": None, "streaks": {}}

@@ -4,7 +4,6 @@ Each start of a run has an id. A checkpoint's meta keeps the starts that it came
 it went on from: ``"starts": [[0, "a3f0c9d2"], [20, "77e1b004"]]``. Those of config.json are of the line that goes on.
 """
 
-import json
 import secrets
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -12,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dinoct.shards import META
+from dinoct import checkpoint as checkpoints
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,5 @@ class Line:
 
 
 def line_to(path: Path, step: int) -> Line:
-    """The line that led to a checkpoint, of a file or of shares; an unknown one where the file cannot be read."""
-    try:
-        if path.is_dir():
-            meta = json.loads((path / META).read_text(encoding="utf-8"))
-        else:  # the tensors, which stay on the disk, need no check for this
-            meta = json.loads(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["meta"])
-        return Line.of(meta, step)
-    except Exception:  # a damaged file can fail in any way, and stays where it is
-        return Line(None, step)
+    """The line that led to a checkpoint, of a file or of shares; an unknown one where it cannot be read."""
+    return Line.of(checkpoints.peek(path), step)

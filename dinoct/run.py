@@ -19,6 +19,7 @@ from dinoct.cli import DONE, FAILED, Outcome
 from dinoct.config import build_engine
 from dinoct.console import console, log, run_log
 from dinoct.data.dataset import SliceViews, open_split
+from dinoct.data.splits import SplitManifest
 from dinoct.data.views import ViewMaker
 from dinoct.engine import Engine
 from dinoct.errors import ConfigError, DinoctError
@@ -224,6 +225,7 @@ def _made_ready(
         cfg.tracker.group = plan.sweep or folder.path.name
     parts = _parts(plan, hardware, parallel)
     hardware = fit_batch(plan, hardware, parts.model, slices=len(train_index))
+    data_hash = provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val)
     line = Line.of(checkpoint.meta, checkpoint.step) if checkpoint else Line((), 0)
     meta = {
         "config": plan.config_dict(),
@@ -231,8 +233,8 @@ def _made_ready(
         "horizon": parts.horizon,
         "run_id": checkpoint.meta["run_id"] if plan.resumes_in_place else secrets.token_hex(4),
         "git_commit": provenance.git_commit(),
-        "data_manifest_hash": provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val),
-        "train_patients": _patients_seen(plan, manifest.train),
+        "data_manifest_hash": data_hash,
+        **_trained_on(plan, manifest, data_hash),
         "starts": line.then(),
         "environment": provenance.environment(),
         "hardware": hardware.describe(),
@@ -282,7 +284,7 @@ def _check_before(
         log.warning("the data or the split changed since the checkpoint: the order of the samples is another one now")
     leaked = held_out & frozenset(meta["train_patients"])
     if leaked:
-        log.warning("%d held-out patients were trained on before the resume: dinoct-eval will refuse", len(leaked))
+        log.warning("%d held-out patients were trained on before: dinoct-eval will refuse", len(leaked))
     if checkpoint is not None and (plan.cfg.train.max_steps or checkpoint.step + 1) > parts.horizon:
         longer = plan.cfg.train.max_steps or 2 * parts.horizon
         log.warning("%s; optim.horizon=%d stretches them", BEHIND_HORIZON % parts.horizon, longer)
@@ -308,10 +310,22 @@ def _turn_back(plan: RunPlan, folder: RunFolder, line: Line) -> None:
         )  # fmt: skip
 
 
-def _patients_seen(plan: RunPlan, train: frozenset[str]) -> list[str]:
-    """Keys of all patients that these weights were trained on, those before a resume included."""
-    before = plan.checkpoint.meta["train_patients"] if plan.checkpoint is not None else []
-    return sorted(train | frozenset(before))
+def _trained_on(plan: RunPlan, manifest: SplitManifest, data_hash: str) -> dict[str, Any]:
+    """Whom the weights will have been trained on, before a resume and in model.init_from too.
+
+    ``train_patients`` are keys, ``datasets`` the ids of the data sets that gave them: keys of two cannot be compared.
+    None among them stands for data that is not known.
+    """
+    before = {"train_patients": [], "datasets": []}
+    if plan.checkpoint is not None:
+        before = plan.checkpoint.meta
+    elif plan.cfg.model.init_from:
+        before = checkpoints.peek(Path(plan.cfg.model.init_from))
+    unknown = [] if before.get("data_manifest_hash") == data_hash else [None]  # of an earlier version
+    return {
+        "train_patients": sorted(manifest.train.union(before.get("train_patients", []))),
+        "datasets": sorted({manifest.dataset_id, *before.get("datasets", unknown)}, key=str),
+    }
 
 
 def _start_from(model: SelfDistillation, path: str) -> list[str]:
@@ -319,6 +333,8 @@ def _start_from(model: SelfDistillation, path: str) -> list[str]:
     model.teacher.load_state_dict(model.student.state_dict())
     if model.gram_teacher is not None:
         model.gram_teacher.load_state_dict(model.teacher.backbone.state_dict())
+    if "train_patients" not in checkpoints.peek(Path(path)):
+        notes.append("whom its weights were trained on is not known, so that no verdict can say that patients are new")
     return [f"started from {path}", *notes]
 
 

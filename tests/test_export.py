@@ -162,7 +162,7 @@ def test_a_card_claims_unseen_patients_only_where_that_was_checked(trained, expo
     assert dinoct.load_encoder(workplace / trained.name).card.evaluation["file"] == path.name
     (workplace / path.name).unlink()
     assert run("export", f"checkpoint={trained.name}", "out=e.safetensors") == 0
-    assert "that training did not see these patients was not checked" in (workplace / "e.safetensors.md").read_text()
+    assert "it is not known that training did not see them" in (workplace / "e.safetensors.md").read_text()
 
 
 def test_figures_of_other_weights_of_the_same_step_are_not_on_the_card(trained, exported, workplace):

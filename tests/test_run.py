@@ -585,9 +585,16 @@ def test_eval_refuses_patients_that_were_trained_on(phantom_root, workplace, cap
     assert "validation patients were trained on" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_neither_report_nor_picture_claims_unseen_patients_where_the_split_is_another(
-    phantom_root, workplace, capfd, monkeypatch, own
+@pytest.mark.parametrize(
+    ("split", "unseen", "said"),
+    [
+        ("own", True, ""),
+        ("another", True, "index or split differ from those of the training run; it saw none of these patients"),
+        ("another salt", False, "are of another data set or salt: make sure that it never saw these patients"),
+    ],
+)
+def test_neither_report_nor_picture_claims_unseen_patients_where_nobody_knows(
+    phantom_root, workplace, capfd, monkeypatch, split, unseen, said
 ):
     from dinoct.evals import picture
 
@@ -595,16 +602,45 @@ def test_neither_report_nor_picture_claims_unseen_patients_where_the_split_is_an
     monkeypatch.setattr(picture, "new_figure", lambda *size: titles.append(size[-1]) or draw(*size))
     assert train(phantom_root, workplace / "run", "train.max_steps=1") == 0
     manifest = json.loads((phantom_root / "_splits" / "val30_seed0.json").read_text())
-    if not own:
+    if split == "another":
         manifest["train"].append(manifest["val"].pop())
+    if split == "another salt":  # as after _private/ was lost; the keys would all be other ones too
+        manifest["dataset_id"] = "0" * 16
     (workplace / "split.json").write_text(json.dumps(manifest))
     capfd.readouterr()
     typed = ["checkpoint=run/checkpoint_00000001.pth", "data.split_manifest=split.json", "probe=view_retrieval"]
     assert run("eval", *typed, "hardware=cpu", "hardware.num_workers=0", "n=6") in (0, 2)
     report = json.loads((workplace / "run" / "view_retrieval_step00000001_N6.json").read_text())
-    assert report["patients_unseen"] is own
-    assert ("that training never saw" in titles[0]) is own
-    assert ("index or split differ" in capfd.readouterr().out) is not own
+    assert report["patients_unseen"] is unseen
+    assert ("that training never saw" in titles[0]) is unseen
+    out = " ".join(capfd.readouterr().out.split())
+    assert said in out
+    assert ("WARNING" in out) is bool(said)
+
+
+def test_patients_of_the_weights_that_a_run_started_from_are_not_new_to_it(phantom_root, workplace, capfd):
+    """A first run on one split, a second from its weights on another: some of its held-out patients were trained on."""
+    manifest = json.loads((phantom_root / "_splits" / "val30_seed0.json").read_text())
+    manifest["train"], manifest["val"] = manifest["val"], manifest["train"]
+    (workplace / "swapped.json").write_text(json.dumps(manifest))
+    assert train(phantom_root, workplace / "a", "train.max_steps=1") == 0
+    first = "model.init_from=a/checkpoint_00000001.pth"
+    assert train(phantom_root, workplace / "b", "train.max_steps=1", first, "data.split_manifest=swapped.json") == 0
+    assert "held-out patients were trained on before: dinoct-eval will refuse" in capfd.readouterr().out
+    typed = ["probe=view_retrieval", "hardware=cpu", "hardware.num_workers=0", "n=6"]
+    assert run("eval", "checkpoint=b", *typed) == 1
+    assert "validation patients were trained on" in capfd.readouterr().err
+
+    assert train(phantom_root, workplace / "c", "train.max_steps=1", first) == 0
+    capfd.readouterr()
+    assert run("eval", "checkpoint=c", *typed) in (0, 2)
+    assert "make sure" not in capfd.readouterr().out
+    torch.save(torch.load(workplace / "a" / "checkpoint_00000001.pth")["state"]["model"], workplace / "bare.pth")
+    assert train(phantom_root, workplace / "d", "train.max_steps=1", "model.init_from=bare.pth") == 0
+    assert "whom its weights were trained on is not known" in " ".join(capfd.readouterr().out.split())
+    assert run("eval", "checkpoint=d", *typed) in (0, 2)
+    assert "the patients are not known: make sure" in " ".join(capfd.readouterr().out.split())
+    assert not json.loads((workplace / "d" / "view_retrieval_step00000001_N6.json").read_text())["patients_unseen"]
 
 
 def test_a_run_from_another_makers_card_says_so_and_takes_this_machines_settings(phantom_root, workplace, capfd):

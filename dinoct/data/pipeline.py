@@ -22,7 +22,7 @@ from dinoct.data.groups import SeriesStage
 from dinoct.data.index import SliceIndex
 from dinoct.data.options import NoSplit, PrepareError, PrepareOptions, PrepareReport, Progress
 from dinoct.data.privacy import Hasher, load_or_create_salt, locked, private_folder
-from dinoct.data.publish import Tables, decide_split, explain, publish, publish_split
+from dinoct.data.publish import Tables, decide_split, explain, publish, publish_split, shrink_split
 from dinoct.data.store import MASKS, has_next, put_in_place, remove_series_except, series_sizes, sync
 from dinoct.data.walk import Found, find_files
 from dinoct.data.workers import InProcess, Lost, Task, WorkerPool
@@ -230,6 +230,7 @@ def _report(run: _Run) -> PrepareReport:
     split = decide_split(run.root, patients, run.hasher, options) if len(patients) > 1 else None
     index = _put_in_place(run, tables)
     if split is None:
+        shrink_split(run.root, index, options)
         without = f"{nameless} series have no PatientID and count as one: write that tag first"
         raise NoSplit(f"a split needs two patients; {without if nameless else 'add data of another patient'}")
     return PrepareReport(

@@ -44,9 +44,17 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def load_or_create_salt(root: Path) -> bytes:
-    """Return the salt of `root`, making a random one the first time. A salt that is already there is used as it is."""
+    """Return the salt of `root`, making a random one the first time. A salt that is already there is used as it is.
+
+    Raises DinoctError where it is of another length, or gone from a root that has patients' keys already.
+    """
     path = private_folder(root) / "salt"
     if not path.exists():
+        if (root / "_index" / "index.csv").exists():
+            raise DinoctError(
+                f"{path} is gone, and {root} holds a data set made with it: put the copy of the salt there, or remove "
+                f"{root} to begin anew; each patient has another key then, so that no run of before can be judged there"
+            )
         write_salt(root, secrets.token_bytes(SALT_BYTES))
     salt = path.read_bytes()
     if len(salt) != SALT_BYTES:

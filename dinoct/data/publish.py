@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -82,6 +82,20 @@ def publish_split(root: Path, index: SliceIndex, split: SplitManifest, options: 
     path = _manifest_path(root, options)
     split.of_index(index).save(path)
     return path
+
+
+def shrink_split(root: Path, index: SliceIndex, options: PrepareOptions) -> None:
+    """Take the patients who are gone out of the manifest, where those who are left cannot be split anew."""
+    path, left = _manifest_path(root, options), frozenset(index.patient_names)
+    try:
+        split = SplitManifest.load(path)
+    except DinoctError:
+        return
+    if left <= split.train | split.val:
+        val = split.val & left
+        replace(split, train=split.train & left, val=val, named=split.named and bool(val)).of_index(index).save(path)
+    else:
+        path.unlink()
 
 
 def _manifest_path(root: Path, options: PrepareOptions) -> Path:

@@ -218,7 +218,7 @@ def _judgement(card: ModelCard) -> str:
     rows = "".join(f"| {name} | {value:.4g} | {_cell(untrained.get(name))} |\n" for name, value in encoder.items())
     whom = "patients that training did not see"
     if not card.evaluation.get("patients_unseen"):
-        whom = "an index or split that is not the run's: **that training did not see these patients was not checked**"
+        whom = "patients of whom **it is not known that training did not see them**"
     return (
         f"`{card.evaluation['file']}`: `dinoct-eval` on {whom}. {_judged_in(card)}\n\n"
         f"{verdict}\n"

@@ -89,7 +89,7 @@ def _probe_panels(figure: Any, probes: dict[str, Any]) -> None:
 def _seen(reports: Sequence[dict[str, Any]]) -> str:
     if all(report["patients_unseen"] for report in reports):
         return " that training never saw"
-    return ", of which it was not checked whether training saw them"
+    return ", of which it is not known whether training saw them"
 
 
 def draw_curve(reports: Sequence[dict[str, Any]], path: Path) -> None:

@@ -21,6 +21,7 @@ from dinoct.data.dataset import data_paths, open_split
 from dinoct.data.index import SliceIndex
 from dinoct.data.labels import load_split_labels
 from dinoct.data.masks import MaskStore
+from dinoct.data.splits import SplitManifest
 from dinoct.data.store import MASKS, SliceStore
 from dinoct.delivery.card import fingerprint
 from dinoct.durable import replacing_text
@@ -113,8 +114,8 @@ def _make_writable(folder: Path) -> None:
 def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, Any]:
     checkpoint = checkpoints.load(path, lazily=True)
     data = data_of(cfg.data, checkpoint)
-    train, val, store, _ = open_split(data)
-    unseen, judged_on = check_unseen(checkpoint, train, val)
+    train, val, store, manifest = open_split(data)
+    unseen, judged_on = check_unseen(checkpoint, train, val, manifest)
     probe_data = _probe_data(cfg.probe, data, train, val, store)
     n, backbone = min(cfg.n, len(val)), load_backbone(checkpoint)
     weights_sha256 = fingerprint(backbone.state_dict())
@@ -232,7 +233,9 @@ def data_of(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
     return replace(stored, split_manifest=data.split_manifest or stored.split_manifest)
 
 
-def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> tuple[bool, str]:
+def check_unseen(
+    checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex, manifest: SplitManifest
+) -> tuple[bool, str]:
     """Refuse to judge on patients that the weights were trained on; warn where that cannot be known.
 
     Returns:
@@ -245,13 +248,21 @@ def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> 
     if seen:
         raise ConfigError(
             f"data.split_manifest: {len(seen)} of its {len(sides[1])} validation patients were trained on; "
-            "take the manifest that the run was trained with"
+            "take that of the run, or of the one that its weights came from (model.init_from)"
         )
     judged_on = data_manifest_hash(train.content_hash(), *sides)
-    unseen = judged_on == checkpoint.meta["data_manifest_hash"]
-    if not unseen:
-        console.print(
-            "WARNING: index or split differ from those of the training run; make sure that it never saw these patients",
-            style="yellow",
-        )
+    same = judged_on == checkpoint.meta["data_manifest_hash"]
+    datasets = checkpoint.meta.get("datasets")
+    unseen = same if datasets is None else datasets == [manifest.dataset_id]
+    if not unseen and datasets is not None:
+        why = "keys of patients it was trained on are of another data set or salt"
+        why = "of the weights that it started from, the patients are not known" if None in datasets else why
+        _warn(f"{why}: make sure that it never saw these patients")
+    elif not same:
+        so = "it saw none of these patients" if unseen else "make sure that it never saw these patients"
+        _warn(f"index or split differ from those of the training run; {so}")
     return unseen, judged_on
+
+
+def _warn(text: str) -> None:
+    console.print(f"WARNING: {text}", style="yellow", markup=False)

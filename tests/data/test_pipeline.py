@@ -491,6 +491,43 @@ def test_one_patient_is_an_error_that_leaves_the_index(tmp_path, root):
     assert len(SliceIndex.load(root / "_index" / "index.csv")) == 3
 
 
+@pytest.mark.parametrize("named", [None, ("P2",)])
+def test_a_patient_who_is_withdrawn_before_the_last_one_leaves_the_split(tmp_path, root, named):
+    for name in ("P1", "P2"):
+        write_series(tmp_path / "in" / name, 3, patient=name, seed=ord(name[1]))
+    path = prepare(tmp_path / "in", root, val_patients=named).split_manifest
+    before = SplitManifest.load(path)
+    shutil.rmtree(tmp_path / "in" / "P2")
+    with pytest.raises(PrepareError, match="needs two patients"):
+        prepare(tmp_path / "in", root)
+    (left,) = SliceIndex.load(root / "_index" / "index.csv").patient_names
+    after = SplitManifest.load(path)
+    assert after.train | after.val == {left}
+    assert (left in after.val) == (left in before.val)
+
+    shutil.rmtree(tmp_path / "in" / "P1")
+    write_series(tmp_path / "in" / "P3", 3, patient="P3")
+    with pytest.raises(PrepareError, match="needs two patients"):
+        prepare(tmp_path / "in", root)
+    assert not path.exists()
+    write_series(tmp_path / "in" / "P4", 3, patient="P4", seed=4)
+    assert prepare(tmp_path / "in", root).patients_held_out == 1
+
+
+def test_a_lost_salt_is_not_replaced(source, root):
+    """With another one each patient has another key, and who was trained on cannot be told any more."""
+    prepare(source, root)
+    kept = (root / "_private" / "salt").read_bytes()
+    shutil.rmtree(root / "_private")
+    before = fingerprint(root)
+    with pytest.raises(PrepareError, match=r"_private/salt is gone.*put the copy of the salt there"):
+        prepare(source, root)
+    assert fingerprint(root) == before
+    write_salt(root, kept)
+    prepare(source, root)
+    assert fingerprint(root) == before
+
+
 def test_scans_without_a_patient_are_counted(tmp_path, root):
     for name in "ab":
         write_series(tmp_path / "in" / name, 2, patient="", series=name, seed=ord(name), PatientID=None)
