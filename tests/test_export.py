@@ -1,8 +1,10 @@
 """The encoder in other hands: one file is enough, its features are the checkpoint's, and no name goes along."""
 
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import warnings
@@ -232,6 +234,16 @@ def test_a_missing_extra_is_named(trained, workplace, capfd, monkeypatch):
     monkeypatch.setattr(onnx_graph, "PACKAGES", ("onnx_of_another_world",))
     assert run("export", f"checkpoint={trained}", "format=onnx", "out=x.onnx") == 1
     assert "pip install 'dinoct[onnx]'" in capfd.readouterr().err
+
+
+def test_who_hides_files_has_exported_weights_hidden(workplace):
+    before = os.umask(0o027)
+    try:
+        with published(workplace / "e.safetensors") as path:
+            path.touch(mode=0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((workplace / "e.safetensors").stat().st_mode) == 0o640
 
 
 def test_overwriting_is_all_or_nothing(workplace):

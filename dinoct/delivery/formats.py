@@ -116,7 +116,7 @@ def published(out: Path) -> Iterator[Path]:
         yield folder / out.name
         for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):
             with open(path, "rb") as file:
-                os.fchmod(file.fileno(), 0o644)  # safetensors gives its files to their owner alone
+                os.fchmod(file.fileno(), folder.stat().st_mode & 0o666)  # as the umask has it: safetensors says 0600
                 os.fsync(file.fileno())
             os.replace(path, out.parent / path.name)
         sync_folder(out.parent)
