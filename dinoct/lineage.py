@@ -16,7 +16,10 @@ from dinoct import checkpoint as checkpoints
 
 @dataclass(frozen=True)
 class Line:
-    """The starts that led to a step. `starts` is None where an earlier version wrote none down: nobody knows them."""
+    """The starts that led to a step. `starts` is None where an earlier version wrote none down.
+
+    Steps that it took have no start's id, and count as one line's.
+    """
 
     starts: tuple[tuple[int, str], ...] | None
     step: int
@@ -28,17 +31,17 @@ class Line:
         return cls(None if starts is None else tuple((int(at), str(name)) for at, name in starts), step)
 
     def start_of(self, step: int) -> str | None:
-        """Id of the start that took a step; None where it is not known."""
+        """Id of the start that took a step; None where an earlier version did."""
         starts = self.starts or ()
         at = bisect_left([begun for begun, _ in starts], step)
         return starts[at - 1][1] if at else None
 
     def shares(self, other: "Line", step: int) -> bool:
-        """Whether a step of two lines is the same one, as far as is known."""
-        return self.starts is None or other.starts is None or self.start_of(step) == other.start_of(step)
+        """Whether a step of two lines is the same one."""
+        return self.start_of(step) == other.start_of(step)
 
     def came_by(self, other: "Line") -> bool:
-        """Whether another line's end lies on this one, as far as is known."""
+        """Whether another line's end lies on this one."""
         return other.step <= self.step and self.shares(other, other.step)
 
     def then(self) -> list[list[int | str]]:

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import dinoct
+from dinoct.data.index import SliceIndex
 
 
 def git_commit() -> str:
@@ -29,12 +31,23 @@ def git_commit() -> str:
         return "unknown"
 
 
-def data_manifest_hash(index_hash: str, train: frozenset[str], val: frozenset[str]) -> str:
-    """16 hex digits that change with any slice of the index and any move of a patient between the sides."""
-    digest = hashlib.sha256(index_hash.encode())
+def data_manifest_hash(train: SliceIndex, val: SliceIndex) -> str:
+    """16 hex digits that change with any slice to train on and any move of a patient between the sides."""
+    digest = hashlib.sha256(train.content_hash().encode())
     for side in (train, val):
-        digest.update(b"|" + ",".join(sorted(side)).encode())
+        digest.update(b"|" + ",".join(sorted(side.patients)).encode())
     return digest.hexdigest()[:16]
+
+
+def data_seen(meta: Mapping[str, Any]) -> list[str | None]:
+    """`data_manifest_hash` of all that a checkpoint's weights were trained on, None among them where some is not known.
+
+    Earlier versions wrote down that of the last start alone.
+    """
+    if "data_seen" in meta:
+        return meta["data_seen"]
+    known = meta.get("train_patients") and not meta["config"]["model"].get("init_from")
+    return [meta["data_manifest_hash"]] if known else [None]
 
 
 def driver_version() -> str | None:

@@ -19,7 +19,7 @@ from dinoct.cli import DONE, FAILED, Outcome
 from dinoct.config import build_engine
 from dinoct.console import console, log, run_log
 from dinoct.data.dataset import SliceViews, open_split
-from dinoct.data.splits import SplitManifest
+from dinoct.data.index import SliceIndex
 from dinoct.data.views import ViewMaker
 from dinoct.engine import Engine
 from dinoct.errors import ConfigError, DinoctError
@@ -220,12 +220,12 @@ def _made_ready(
 ) -> tuple[Engine, Tracker]:
     """The run as it stands before its first step: announced, written down in its folder, tracked."""
     cfg, checkpoint = plan.cfg, plan.checkpoint
-    train_index, _, _, manifest = data
+    train_index, val_index, _, _ = data
     if cfg.tracker.group is None:  # a run that is in no sweep makes a group with its evaluations
         cfg.tracker.group = plan.sweep or folder.path.name
     parts = _parts(plan, hardware, parallel)
     hardware = fit_batch(plan, hardware, parts.model, slices=len(train_index))
-    data_hash = provenance.data_manifest_hash(train_index.content_hash(), manifest.train, manifest.val)
+    data_hash = provenance.data_manifest_hash(train_index, val_index)
     line = Line.of(checkpoint.meta, checkpoint.step) if checkpoint else Line((), 0)
     meta = {
         "config": plan.config_dict(),
@@ -234,18 +234,21 @@ def _made_ready(
         "run_id": checkpoint.meta["run_id"] if plan.resumes_in_place else secrets.token_hex(4),
         "git_commit": provenance.git_commit(),
         "data_manifest_hash": data_hash,
-        **_trained_on(plan, manifest, data_hash),
+        **_trained_on(plan, train_index, data_hash),
         "starts": line.then(),
         "environment": provenance.environment(),
         "hardware": hardware.describe(),
     }
+    if None in meta["data_seen"]:
+        parts.notes.append("whom its weights were trained on is not known: no verdict can say that patients are new")
     log.info("run folder %s", folder.path)
     _announce(plan, hardware, parts, data)
-    _check_before(plan, folder, parts, meta, held_out=manifest.val)
+    _check_before(plan, folder, parts, meta, held_out=val_index.patients)
     if plan.resumes_in_place:
         _turn_back(plan, folder, line)
-    was = Line.of(folder.read_config(), 0)
-    rewound = rewind(folder.path / "metrics.jsonl", was, line if plan.resumes_in_place else Line((), 0))
+    before = folder.read_config()
+    now = line if plan.resumes_in_place else Line((), 0)
+    rewound = rewind(folder.path / "metrics.jsonl", Line.of(before, 0) if before else now, now)
     folder.write_config(run_config(plan, folder, meta, parameters=parameter_count(parts.model.student.backbone)))
     cfg.tracker.tags = list(dict.fromkeys([*cfg.tracker.tags, cfg.model.name, cfg.hardware.name]))
     tracker = build_tracker(
@@ -310,21 +313,15 @@ def _turn_back(plan: RunPlan, folder: RunFolder, line: Line) -> None:
         )  # fmt: skip
 
 
-def _trained_on(plan: RunPlan, manifest: SplitManifest, data_hash: str) -> dict[str, Any]:
-    """Whom the weights will have been trained on, before a resume and in model.init_from too.
-
-    ``train_patients`` are keys, ``datasets`` the ids of the data sets that gave them: keys of two cannot be compared.
-    None among them stands for data that is not known.
-    """
-    before = {"train_patients": [], "datasets": []}
-    if plan.checkpoint is not None:
-        before = plan.checkpoint.meta
-    elif plan.cfg.model.init_from:
-        before = checkpoints.peek(Path(plan.cfg.model.init_from))
-    unknown = [] if before.get("data_manifest_hash") == data_hash else [None]  # of an earlier version
+def _trained_on(plan: RunPlan, train: SliceIndex, data_hash: str) -> dict[str, Any]:
+    """Whom the weights will have been trained on, before a resume and in model.init_from too."""
+    before, seen = {}, []
+    if plan.checkpoint is not None or plan.cfg.model.init_from:
+        before = plan.checkpoint.meta if plan.checkpoint else checkpoints.peek(Path(plan.cfg.model.init_from))
+        seen = provenance.data_seen(before)
     return {
-        "train_patients": sorted(manifest.train.union(before.get("train_patients", []))),
-        "datasets": sorted({manifest.dataset_id, *before.get("datasets", unknown)}, key=str),
+        "train_patients": sorted(train.patients.union(before.get("train_patients", []))),
+        "data_seen": sorted({data_hash, *seen}, key=str),
     }
 
 
@@ -333,8 +330,6 @@ def _start_from(model: SelfDistillation, path: str) -> list[str]:
     model.teacher.load_state_dict(model.student.state_dict())
     if model.gram_teacher is not None:
         model.gram_teacher.load_state_dict(model.teacher.backbone.state_dict())
-    if "train_patients" not in checkpoints.peek(Path(path)):
-        notes.append("whom its weights were trained on is not known, so that no verdict can say that patients are new")
     return [f"started from {path}", *notes]
 
 

@@ -22,6 +22,7 @@ from dinoct.errors import CheckpointError
 from dinoct.faults import is_out_of_memory
 from dinoct.parallel import Parallel
 from dinoct.stopping import deaf_to_children
+from dinoct.turnback import set_aside
 
 HEADROOM = 1.05
 SPARE = 2e9  # bytes of the host's memory that a copy of the state leaves free
@@ -196,7 +197,11 @@ class Saver:
         else:
             checkpoints.verify(self._write(best.name, state, meta))
         for older in self.folder.glob("checkpoint_best_*.pth"):
-            if older != best:
+            if older == best:
+                continue
+            if _is_of_others_too(older, meta):
+                set_aside(older)
+            else:
                 older.unlink(missing_ok=True)
 
     def _write(self, name: str, state: dict[str, Any], meta: dict[str, Any], *, leaving: int = 0) -> Path:
@@ -207,6 +212,12 @@ class Saver:
         size = checkpoints.save(path, state, meta)
         log.info("saved %s (%.1f MB, %.1f s)", name, size / 1e6, time.perf_counter() - start)
         return path
+
+
+def _is_of_others_too(best: Path, meta: dict[str, Any]) -> bool:
+    """Whether a best encoder is of a time before this start, and lines that were left go on from it."""
+    ((begun, _),) = meta.get("starts", [[0, ""]])[-1:]
+    return int(best.stem[-8:]) <= begun and any(best.parent.glob("abandoned_[0-9]*.pth"))
 
 
 def has_room(needed: int, room: Space | None) -> bool:

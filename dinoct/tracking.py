@@ -49,7 +49,7 @@ class TensorBoard:
     def __init__(self, folder: Path, *, rewound: Rewound):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=rewound.step + 1)
+        self.writer = SummaryWriter(str(folder), purge_step=rewound.step + 1)  # of a start that was killed, too
         for record in rewound.back:
             self.log(record["step"], {tag: value for tag, value in record.items() if tag != "step"})
 

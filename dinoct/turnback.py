@@ -9,17 +9,16 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinoct import checkpoint as checkpoints
-from dinoct.durable import linking, replacing_text
+from dinoct.durable import link, linking, replacing_text
 from dinoct.errors import CheckpointError
 from dinoct.lineage import Line, line_to
 
 _IN_LINE = re.compile(r"checkpoint(_best|_final)?_(\d{8})\.pth|sharded_(\d{8})")
-_LEFT = re.compile(r"abandoned_((?:best_|sharded_)?(\d{8}))x*(?:\.pth)?")
+_LEFT = re.compile(r"abandoned_((?:best_|final_|sharded_)?(\d{8}))x*(?:\.pth)?")
 LEFT_RECORDS = "abandoned_metrics.jsonl"
 
 
@@ -44,8 +43,9 @@ def turn_back(folder: Path, going_on: Path, line: Line) -> Turned:
     """Make a checkpoint the newest of its run folder, and leave no file of another line under a regular name.
 
     Set aside are those of later steps, of this step those of another state, and earlier ones that this checkpoint did
-    not come by. The file keeps its name, and gets the regular one beside it where that is none of this state, so that a
-    kill from here on leaves a folder that goes on from there.
+    not come by. Where it had been set aside itself, the files that it came by have their names again. It keeps its
+    name, and gets the regular one beside it where that is none of this state, so that a kill from here on leaves a
+    folder that goes on from there.
 
     Args:
         folder: of the run.
@@ -56,18 +56,17 @@ def turn_back(folder: Path, going_on: Path, line: Line) -> Turned:
         CheckpointError: if the disk refuses.
     """
     step, regular = line.step, folder / checkpoints.checkpoint_name(line.step)
-    left = [path for path in folder.iterdir() if _step(path) > step]
-    if going_on.is_dir() or (regular.is_file() and checkpoints.same_state(regular, going_on)):
-        ready = nullcontext()
-    else:
-        ready = linking(going_on, regular)
-        of_step = (path for path in folder.iterdir() if _step(path) == step)
-        left += [path for path in of_step if not (path.is_file() and checkpoints.same_state(path, going_on))]
-    with ready:
-        moved = _set_aside(left)
-    before = [path for path in folder.iterdir() if 0 <= _step(path) < step]  # not sooner: one must be the newest
+    moved: list[Path] = []
+    if not going_on.is_dir() and not (regular.is_file() and checkpoints.same_state(regular, going_on)):
+        with linking(going_on, regular):
+            of_step = [path for path in folder.iterdir() if _step(path) == step]
+            others = [path for path in of_step if not (path.is_file() and checkpoints.same_state(path, going_on))]
+            moved += _set_aside(others, keep=regular)  # it is replaced: until then the folder goes on from there
+    moved += _set_aside(path for path in folder.iterdir() if _step(path) > step)
+    before = [path for path in folder.iterdir() if 0 <= _step(path) < step]
     moved += _set_aside(path for path in before if not line.came_by(line_to(path, _step(path))))
-    return Turned(moved, _take_up(folder, line))
+    turned = going_on.name.startswith(("abandoned_", "emergency_"))
+    return Turned(moved, _take_up(folder, line) if turned else [])
 
 
 def rewind(path: Path, was: Line, now: Line) -> Rewound:
@@ -90,11 +89,11 @@ def rewind(path: Path, was: Line, now: Line) -> Rewound:
             kept[step] = record
         else:
             cut.append(step)
-            old[was.start_of(step), step] = record
+            old.setdefault((was.start_of(step), step), record)  # a kill may have left another line's record here
     back = {
         step: record
         for (start, step), record in old.items()
-        if start is not None and start == now.start_of(step) and step <= now.step and step not in kept
+        if start == now.start_of(step) and step <= now.step and step not in kept
     }
     if len(old) > known:  # first, that a kill loses none
         _write(aside, ({"start": start} | record for (start, _), record in old.items()))
@@ -114,24 +113,29 @@ def _step(path: Path) -> int:
     return int(found[2] or found[3]) if found else -1
 
 
-def _set_aside(left: Iterable[Path]) -> list[Path]:
+def _set_aside(left: Iterable[Path], *, keep: Path | None = None) -> list[Path]:
+    """Rename files, the newest last, so that until then it is what a kill leaves the folder to go on from."""
     moved = []
-    for path in sorted(left, key=lambda path: ("_final_" not in path.name, -_step(path))):
+    for path in sorted(left, key=lambda path: ("_final_" not in path.name, _step(path))):
         try:
             if "_final_" in path.name and (checkpoints.is_regular(path, _step(path)) or not path.exists()):
                 path.unlink()  # a second name of one that is set aside by its first
             else:
-                moved.append(_rename(path))
+                moved.append(set_aside(path, keep=path == keep))
         except OSError as error:
             raise CheckpointError(f"cannot set aside {path}: {error.strerror}") from error
     return moved
 
 
-def _rename(path: Path) -> Path:
+def set_aside(path: Path, *, keep: bool = False) -> Path:
+    """Call a file of a run folder abandoned, by a second name if it is to `keep` the first; returns the new path."""
     target = path.with_name(f"abandoned_{path.name.removeprefix('checkpoint_')}")
-    while target.exists():  # of an earlier turn back
+    while target.exists() and not (keep and target.samefile(path)):  # of an earlier turn back
         target = target.with_name(f"{target.stem}x{target.suffix}")
-    os.replace(path, target)
+    if keep:
+        link(path, target)
+    else:
+        os.replace(path, target)
     return target
 
 
@@ -141,7 +145,7 @@ def _take_up(folder: Path, line: Line) -> list[Path]:
     for path in sorted(folder.glob("abandoned_*")):
         found = _LEFT.fullmatch(path.name)
         at = line_to(path, int(found[2])) if found else Line(None, 0)
-        if at.starts is not None and line.came_by(at):
+        if at.starts is not None and line.came_by(at):  # of those of an earlier version nobody knows
             sharded = found[1].startswith("sharded_")
             names.setdefault(found[1] if sharded else f"checkpoint_{found[1]}.pth", path)
     best = max((name for name in names if "_best_" in name), default=None)  # the older ones are of earlier times
@@ -167,6 +171,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write(path: Path, records: Any) -> None:
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     with replacing_text(path) as file:
         file.writelines(json.dumps(record) + "\n" for record in records)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,25 @@ def test_a_branch_that_was_left_and_taken_up_again_is_whole(phantom_root, workpl
     assert all(same(state, second[step]) for step, state in states(folder).items())
 
 
+def test_the_best_encoder_of_a_branch_that_was_left_is_kept_for_it(phantom_root, workplace, monkeypatch):
+    """It is of a time before the branches parted, and the other one found a better."""
+    from dinoct import looks
+
+    given = iter([0.20, 0.30, 0.40, 0.10, 0.05, 0.35])  # A at 2, 4 and 6, B at 6 and 8, A at 8
+    monkeypatch.setattr(looks, "judge", lambda *_, **__: {"mean_percentile_rank": next(given), "top1": 0.0, "n": 4})
+    folder = workplace / "r"
+    every = ["eval.every=2", "ckpt.every=2", "ckpt.keep_last=2", "optim.horizon=9"]
+    assert run("train", *TINY, f"data.root={phantom_root}", f"run_dir={folder}", "train.max_steps=6", *every) == 0
+    best = checkpoints.load(folder / "checkpoint_best_00000002.pth").state["model"]
+    assert run("train", "resume=r/checkpoint_00000004.pth", "optim.lr=0.1", "train.max_steps=8", *HERE) == 0
+    names = sorted(path.name for path in folder.glob("*best*"))
+    assert names == ["abandoned_best_00000002.pth", "checkpoint_best_00000008.pth"]
+    assert run("train", "resume=r/abandoned_00000006.pth", "train.max_steps=8", *HERE) == 0
+    assert [path.name for path in folder.glob("checkpoint_best*")] == ["checkpoint_best_00000002.pth"]
+    assert same(checkpoints.load(folder / "checkpoint_best_00000002.pth").state["model"], best)
+    assert read_figures(folder / "metrics.jsonl")[1:] == (0.20, 2)
+
+
 def states(folder: Path) -> dict[int, dict]:
     return {
         checkpoints.step_of(path): checkpoints.load(path).state["model"]
@@ -107,24 +126,80 @@ TAKEN_UP = {
 }
 
 
-@pytest.mark.parametrize("renames", range(8))
-def test_a_kill_among_the_renames_leaves_a_folder_that_goes_on(tmp_path, monkeypatch, renames):
-    last, replace, left = branches(tmp_path), os.replace, [renames]
+@pytest.mark.parametrize("steps", [[], [60], [60, 70], [70, 80]])
+@pytest.mark.parametrize("writes", range(12))
+def test_a_kill_among_the_renames_leaves_a_folder_that_goes_on(tmp_path, monkeypatch, writes, steps):
+    """From the checkpoint that was named, or until that has its name from the other branch; nothing is lost."""
+    last, left, names = branches(tmp_path), [writes], {"replace": os.replace, "link": os.link}
+    for step in steps:
+        write(tmp_path, f"checkpoint_{step:08d}.pth", A, B)
+    before = set(contents(tmp_path).values())
 
-    def counted(old, new):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        replace(old, new)
+    def counted(name):
+        def call(*paths):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            names[name](*paths)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if renames < 6 else nullcontext():
-        patch.setattr(os, "replace", counted)
-        turn_back(tmp_path, last, line(60, A))
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, counted(name))
+        with suppress(KeyboardInterrupt):
+            turn_back(tmp_path, last, line(60, A))
     newest = checkpoints.list_checkpoints(tmp_path)[-1]
-    assert newest.name in ("checkpoint_00000050.pth", "checkpoint_00000060.pth")
+    of_b = f"checkpoint_{max([50, *steps]):08d}"
+    assert contents(tmp_path)[newest.name] in ("abandoned_00000060", of_b)
     turn_back(tmp_path, last, line(60, A))
-    assert contents(tmp_path) == TAKEN_UP
+    found = contents(tmp_path)
+    assert set(found.values()) == before
+    of_line = {name: state for name, state in TAKEN_UP.items() if name.startswith("checkpoint_")}
+    assert {name: state for name, state in found.items() if name.startswith("checkpoint_")} == of_line
+    assert steps or found == TAKEN_UP
     assert turn_back(tmp_path, tmp_path / "checkpoint_00000060.pth", line(60, A)) == ([], [])
+
+
+def test_what_rotation_dropped_is_not_taken_up_again(tmp_path):
+    """A plain resume finds the file that the run had gone on from under its abandoned name alone."""
+    write(tmp_path, "abandoned_00000040.pth", A)
+    last = write(tmp_path, "checkpoint_00000080.pth", A, [40, "c"])
+    assert turn_back(tmp_path, last, line(80, A, [40, "c"])) == ([], [])
+
+
+def test_the_last_file_of_a_finished_branch_is_taken_up_too(tmp_path):
+    """Its regular name was rotated away when the run went on."""
+    write(tmp_path, "abandoned_final_00000040.pth", A)
+    last = write(tmp_path, "abandoned_00000060.pth", A, [40, "b"])
+    assert [path.name for path in turn_back(tmp_path, last, line(60, A, [40, "b"])).taken_up] == [
+        "checkpoint_final_00000040.pth"
+    ]
+
+
+def test_a_branch_of_an_earlier_version_is_told_from_one_of_this(tmp_path):
+    """Its files and records name no start; those of the branch that was begun since do."""
+    path = tmp_path / "metrics.jsonl"
+    old, new = Line(None, 60), line(50, B)
+    assert went(path, Line(None, 0), Line(None, 0), "a", 60)[-1] == (60, "a")
+    checkpoints.save(tmp_path / "abandoned_00000060.pth", {"name": torch.zeros(1)}, {"step": 60})
+    write(tmp_path, "checkpoint_00000040.pth", B)
+    a = went(path, Line(None, 0), Line(None, 20), "b", 50)[:2]
+    turned = turn_back(tmp_path, tmp_path / "abandoned_00000060.pth", old)
+    assert [path.name for path in turned.left] == ["abandoned_00000040.pth"]
+    back = went(path, new, old, "c", 70)
+    assert back == [*a, (30, "a"), (40, "a"), (50, "a"), (60, "a"), (70, "c")]
+    assert went(path, line(0, C), new, "d", 50) == [*a, (30, "b"), (40, "b"), (50, "b")]
+
+
+def test_a_start_that_ended_before_it_was_written_down_costs_no_record(tmp_path):
+    """The records were rewound already, and config.json still names the line that they were of before."""
+    path = tmp_path / "metrics.jsonl"
+    a = went(path, Line(None, 0), Line((), 0), "a", 70)
+    b = went(path, line(0, A), line(20, A), "b", 50)
+    rewind(path, line(0, A, B), line(70, A))
+    assert went(path, line(0, A, B), line(70, A), "c", 70) == a
+    assert went(path, line(0, A, [70, "c"]), line(50, A, B), "d", 50) == b
 
 
 def test_files_of_an_earlier_version_keep_their_names(tmp_path):
@@ -139,26 +214,25 @@ def test_files_of_an_earlier_version_keep_their_names(tmp_path):
     assert turn_back(tmp_path, last, line(60, [50, "a"])) == ([], [])
 
 
+def went(path: Path, was: Line, now: Line, name: str, until: int) -> list[tuple[int, str]]:
+    """Go on from the end of a line, and log every ten steps."""
+    rewind(path, was, now)
+    with path.open("a") as file:
+        for step in range(now.step + 10, until + 1, 10):
+            file.write(json.dumps({"step": step, "by": name}) + "\n")
+    return [(row["step"], row["by"]) for row in map(json.loads, path.read_text().splitlines())]
+
+
 def test_records_follow_the_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-
-    def went(was: Line, now: Line, name: str, until: int) -> list[tuple[int, str]]:
-        """Go on from the end of a line, and log every ten steps."""
-        rewind(path, was, now)
-        with path.open("a") as file:
-            file.writelines(
-                json.dumps({"step": step, "by": name}) + "\n" for step in range(now.step + 10, until + 1, 10)
-            )
-        return [(row["step"], row["by"]) for row in map(json.loads, path.read_text().splitlines())]
-
-    a = went(Line(None, 0), Line((), 0), "a", 60)
-    b = went(line(0, A), line(20, A), "b", 50)
+    a = went(path, Line(None, 0), Line((), 0), "a", 60)
+    b = went(path, line(0, A), line(20, A), "b", 50)
     assert b == [*a[:2], (30, "b"), (40, "b"), (50, "b")]
-    assert went(line(0, A, B), line(60, A), "c", 80) == [*a, (70, "c"), (80, "c")]
-    assert went(line(0, A, C), line(50, A, B), "d", 50) == b
-    assert went(line(0, A, B, [50, "d"]), line(80, A, C), "e", 80) == [*a, (70, "c"), (80, "c")]
+    assert went(path, line(0, A, B), line(60, A), "c", 80) == [*a, (70, "c"), (80, "c")]
+    assert went(path, line(0, A, C), line(50, A, B), "d", 50) == b
+    assert went(path, line(0, A, B, [50, "d"]), line(80, A, C), "e", 80) == [*a, (70, "c"), (80, "c")]
     path.unlink()  # what was set aside is not lost with it
-    assert went(line(0, A, C, [80, "e"]), line(50, A, B), "f", 50) == b[2:]
+    assert went(path, line(0, A, C, [80, "e"]), line(50, A, B), "f", 50) == b[2:]
 
 
 def test_records_that_a_kill_found_between_two_files_are_whole(tmp_path, monkeypatch):

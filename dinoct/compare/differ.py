@@ -171,7 +171,7 @@ def commits(run: Run) -> str:
 
 
 def _starts(run: Run) -> set[str]:
-    """Ids of the starts that led to where the run is; see `dinoct.lineage`."""
+    """Ids of the starts that led to where the run is. (`dinoct.lineage`, which reads them too, brings torch along.)"""
     starts = run.config.get("starts")
     pairs = starts if isinstance(starts, list) else []
     return {str(pair[1]) for pair in pairs if isinstance(pair, list) and len(pair) == 2}

@@ -132,6 +132,11 @@ class SliceIndex:
     def __len__(self) -> int:
         return len(self._columns["row"] if self._rows is None else self._rows)
 
+    @property
+    def patients(self) -> frozenset[str]:
+        """Keys of the patients who have a slice in it."""
+        return frozenset(self.patient_names[code] for code in np.unique(self.patient))
+
     def series_name(self, i: int) -> str:
         return self.series_names[self.at("series", i)]
 

@@ -76,9 +76,10 @@ def _read_table(path: Path) -> dict[str, str]:
     lines: dict[str, int] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as handle:
-            header = handle.readline()
+            header = handle.readline().strip()
             handle.seek(0)
-            reader = csv.DictReader(handle, delimiter=next((mark for mark in ",;\t" if mark in header), ","))
+            marks = [mark for mark in ",;\t" if {"key", "label"} <= set(header.split(mark))]
+            reader = csv.DictReader(handle, delimiter=marks[0] if marks else ",")
             if not {"key", "label"} <= set(reader.fieldnames or ()):
                 raise DinoctError(f"{path} is no table of labels: it needs the columns key and label")
             for row in reader:

@@ -53,7 +53,8 @@ def load_or_create_salt(root: Path) -> bytes:
         if (root / "_index" / "index.csv").exists():
             raise DinoctError(
                 f"{path} is gone, and {root} holds a data set made with it: put the copy of the salt there, or remove "
-                f"{root} to begin anew; each patient has another key then, so that no run of before can be judged there"
+                "_index, _splits, _masks, store and _private to begin anew; each patient has another key then, so that "
+                "no run of before can be judged there"
             )
         write_salt(root, secrets.token_bytes(SALT_BYTES))
     salt = path.read_bytes()

@@ -86,7 +86,7 @@ def publish_split(root: Path, index: SliceIndex, split: SplitManifest, options: 
 
 def shrink_split(root: Path, index: SliceIndex, options: PrepareOptions) -> None:
     """Take the patients who are gone out of the manifest, where those who are left cannot be split anew."""
-    path, left = _manifest_path(root, options), frozenset(index.patient_names)
+    path, left = _manifest_path(root, options), index.patients
     try:
         split = SplitManifest.load(path)
     except DinoctError:

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinoct import checkpoint as checkpoints
 from dinoct.checkpoint import Checkpoint
 from dinoct.cli import DONE, FAILED
@@ -21,7 +19,6 @@ from dinoct.data.dataset import data_paths, open_split
 from dinoct.data.index import SliceIndex
 from dinoct.data.labels import load_split_labels
 from dinoct.data.masks import MaskStore
-from dinoct.data.splits import SplitManifest
 from dinoct.data.store import MASKS, SliceStore
 from dinoct.delivery.card import fingerprint
 from dinoct.durable import replacing_text
@@ -31,7 +28,7 @@ from dinoct.evals.picture import draw_curve, draw_summary
 from dinoct.evals.table import print_report
 from dinoct.hardware import Hardware, resolve, settle
 from dinoct.models.load import load_backbone, model_config
-from dinoct.provenance import data_manifest_hash
+from dinoct.provenance import data_manifest_hash, data_seen
 from dinoct.shards import is_sharded
 from dinoct.tracking import track_evaluation
 from dinoct.validate import validate_probe, validate_rules
@@ -114,8 +111,8 @@ def _make_writable(folder: Path) -> None:
 def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) -> dict[str, Any]:
     checkpoint = checkpoints.load(path, lazily=True)
     data = data_of(cfg.data, checkpoint)
-    train, val, store, manifest = open_split(data)
-    unseen, judged_on = check_unseen(checkpoint, train, val, manifest)
+    train, val, store, _ = open_split(data)
+    unseen, judged_on = check_unseen(checkpoint, train, val)
     probe_data = _probe_data(cfg.probe, data, train, val, store)
     n, backbone = min(cfg.n, len(val)), load_backbone(checkpoint)
     weights_sha256 = fingerprint(backbone.state_dict())
@@ -233,35 +230,30 @@ def data_of(data: DataConfig, checkpoint: Checkpoint) -> DataConfig:
     return replace(stored, split_manifest=data.split_manifest or stored.split_manifest)
 
 
-def check_unseen(
-    checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex, manifest: SplitManifest
-) -> tuple[bool, str]:
+def check_unseen(checkpoint: Checkpoint, train: SliceIndex, val: SliceIndex) -> tuple[bool, str]:
     """Refuse to judge on patients that the weights were trained on; warn where that cannot be known.
+
+    Keys prove it for one index alone: a PatientID that was written or changed since gives another one.
 
     Returns:
         Whether it is known that training saw none of them, and the hash of index and split.
     Raises:
         ConfigError: if a patient of the validation side was trained on.
     """
-    sides = [frozenset(np.array(side.patient_names)[np.unique(side.patient)].tolist()) for side in (train, val)]
-    seen = sides[1] & frozenset(checkpoint.meta["train_patients"])
-    if seen:
+    if seen := val.patients & frozenset(checkpoint.meta["train_patients"]):
         raise ConfigError(
-            f"data.split_manifest: {len(seen)} of its {len(sides[1])} validation patients were trained on; "
+            f"data.split_manifest: {len(seen)} of its {len(val.patients)} validation patients were trained on; "
             "take that of the run, or of the one that its weights came from (model.init_from)"
         )
-    judged_on = data_manifest_hash(train.content_hash(), *sides)
-    same = judged_on == checkpoint.meta["data_manifest_hash"]
-    datasets = checkpoint.meta.get("datasets")
-    unseen = same if datasets is None else datasets == [manifest.dataset_id]
-    if not unseen and datasets is not None:
-        why = "keys of patients it was trained on are of another data set or salt"
-        why = "of the weights that it started from, the patients are not known" if None in datasets else why
-        _warn(f"{why}: make sure that it never saw these patients")
-    elif not same:
-        so = "it saw none of these patients" if unseen else "make sure that it never saw these patients"
-        _warn(f"index or split differ from those of the training run; {so}")
-    return unseen, judged_on
+    judged_on, trained_on = data_manifest_hash(train, val), data_seen(checkpoint.meta)
+    if None in trained_on:
+        _warn("whom these weights were trained on is not known in full: make sure that they never saw these patients")
+    elif trained_on != [judged_on]:
+        _warn(
+            "index or split differ from those of the training run; by their keys it saw none of these patients: make "
+            "sure that none has another key now (another PatientID, another salt)"
+        )
+    return trained_on == [judged_on], judged_on
 
 
 def _warn(text: str) -> None:

@@ -35,7 +35,7 @@ def test_slices_and_series_get_their_labels_and_a_slice_goes_first(tmp_path):
 def test_a_spreadsheet_may_separate_the_columns_otherwise(tmp_path, mark):
     index = make_index(tmp_path, ["a", "b"], series_each=1)
     path = tmp_path / "labels.csv"
-    path.write_text(f"key{mark}label\nseries0-0{mark}lung, left\n", encoding="utf-8-sig")
+    path.write_text(f"key{mark}label{mark}read, by\nseries0-0{mark}lung, left{mark}x\n", encoding="utf-8-sig")
     assert load_labels(path, index).names == ("lung, left",)
 
 
