@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dinoct import checkpoint as checkpoints
 from dinoct.compare.read import read_figures
-from dinoct.lineage import Line
+from dinoct.lineage import Line, line_to
 from dinoct.turnback import rewind, turn_back
 
 HERE = ["hardware=cpu", "hardware.num_workers=0", "hardware.threads=1"]
@@ -233,6 +234,31 @@ def test_records_follow_the_line(tmp_path):
     assert went(path, line(0, A, B, [50, "d"]), line(80, A, C), "e", 80) == [*a, (70, "c"), (80, "c")]
     path.unlink()  # what was set aside is not lost with it
     assert went(path, line(0, A, C, [80, "e"]), line(50, A, B), "f", 50) == b[2:]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_way_a_run_went_its_folder_is_of_one_line(tmp_path, seed):
+    """Eight starts, each from any of the files: the records and the regular files are those that led there."""
+    draw, path = random.Random(seed), tmp_path / "metrics.jsonl"
+    now, history, led_to = Line((), 0), [], {}  # the records that led to each checkpoint, by its step and start
+    for _ in range(8):
+        starts, last = now.then(), now.step + draw.randint(1, 6)
+        for step in range(now.step + 1, last + 1):
+            history = [*history, (step, starts[-1][1])]
+            with path.open("a") as file:
+                file.write(json.dumps(dict(zip(("step", "by"), history[-1], strict=True))) + "\n")
+            if step == last or draw.random() < 0.4:
+                meta, state = {"step": step, "starts": starts}, {"weights": torch.tensor([len(led_to)])}
+                checkpoints.save(tmp_path / checkpoints.checkpoint_name(step), state, meta)
+                led_to[history[-1]] = history
+        chosen = draw.choice(sorted(tmp_path.glob("*.pth")))
+        now = line_to(chosen, int(chosen.stem.rstrip("x")[-8:]))
+        turn_back(tmp_path, chosen, now)
+        rewind(path, line(0, *starts), now)
+        history = led_to[now.step, now.start_of(now.step)]
+        assert [(row["step"], row["by"]) for row in map(json.loads, path.read_text().splitlines())] == history
+        regular = {checkpoints.step_of(path): path for path in checkpoints.list_checkpoints(tmp_path)}
+        assert {(step, line_to(path, step).start_of(step)) for step, path in regular.items()} == led_to.keys() & history
 
 
 def test_records_that_a_kill_found_between_two_files_are_whole(tmp_path, monkeypatch):
