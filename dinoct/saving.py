@@ -216,7 +216,7 @@ class Saver:
 
 def _is_of_others_too(best: Path, meta: dict[str, Any]) -> bool:
     """Whether a best encoder is of a time before this start, and lines that were left go on from it."""
-    ((begun, _),) = meta.get("starts", [[0, ""]])[-1:]
+    begun = meta["starts"][-1][0] if "starts" in meta else 0
     return int(best.stem[-8:]) <= begun and any(best.parent.glob("abandoned_[0-9]*.pth"))
 
 
