@@ -161,6 +161,8 @@ def test_a_card_claims_unseen_patients_only_where_that_was_checked(trained, expo
     (workplace / path.name).write_text(json.dumps(report))
     elsewhere = workplace / path.name.replace("_N6", "_N600")  # more slices, of another root
     elsewhere.write_text(json.dumps(report | {"n": 600, "patients_unseen": False}))
+    earlier = workplace / f"{path.stem}_earlier.json"  # of other settings
+    earlier.write_text(json.dumps(report | {"passed": True}))
     assert dinoct.load_encoder(workplace / trained.name).card.evaluation["file"] == path.name
     (workplace / path.name).unlink()
     assert run("export", f"checkpoint={trained.name}", "out=e.safetensors") == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import TINY, run
 
+from dinoct import checkpoint as checkpoints
 from dinoct.config import ProbeConfig
 from dinoct.data.dataset import read_slice
 from dinoct.data.index import SliceIndex
@@ -318,6 +319,30 @@ def test_eval_measures_what_the_data_supports_and_says_why_not_the_rest(masked_r
         assert (workplace / "r" / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_curve_is_of_one_run_and_counts_a_file_once(masked_root, workplace, capfd):
+    for name in "ab":
+        typed = ["train.max_steps=2", "ckpt.every=1", f"run_dir={name}"]
+        assert run("train", *TINY, f"data.root={masked_root}", *typed) == 0
+    files = [f"{name}/checkpoint_{step}.pth" for name in "ab" for step in ("00000001", "00000002", "final_00000002")]
+    quick = ["n=8", "hardware=cpu", "hardware.num_workers=0", "probe=view_retrieval", "out=o"]
+    assert run("eval", f"checkpoint=[{','.join(files)}]", *quick) in (0, 2)
+    assert capfd.readouterr().out.count("curve over 2 checkpoints") == 2
+    for name in "ab":
+        points = json.loads((workplace / "o" / name / "view_retrieval_curve_N8.json").read_text())["points"]
+        assert [point["step"] for point in points] == [1, 2]
+    assert run("eval", "checkpoint=[]", *quick) == 1
+    assert "checkpoint: name at least one" in capfd.readouterr().err
+
+
+def test_an_encoder_that_gives_no_numbers_is_called_broken(masked_root, workplace, capfd):
+    assert run("train", *TINY, f"data.root={masked_root}", "train.max_steps=1", "run_dir=r") == 0
+    found = checkpoints.load(workplace / "r" / "checkpoint_00000001.pth")
+    found.state["model"]["teacher.backbone.vit.norm.bias"][0] = float("nan")
+    checkpoints.save(workplace / "r" / "checkpoint_00000001.pth", found.state, found.meta)
+    assert run("eval", "checkpoint=r", "n=8", "hardware=cpu", "hardware.num_workers=0") == 1
+    assert "the encoder gives NaN or infinity for 8 of 8 slices" in capfd.readouterr().err
+
+
 def test_keys_of_labels_that_are_not_in_the_data_are_counted(masked_root, workplace, capfd):
     """Of patients who were withdrawn, or of another data set: the figure would stand on fewer slices without a word."""
     index = SliceIndex.load(masked_root / "_index" / "index.csv")
@@ -332,6 +357,9 @@ def test_keys_of_labels_that_are_not_in_the_data_are_counted(masked_root, workpl
     assert (joined["keys"], joined["keys_unknown"], joined["train_slices"] + joined["val_slices"]) == (52, 2, 50)
     assert "labels: 2 of 52 keys are no slice_id or series of the data" in said
     assert f"labels: {joined['train_slices']} of " in said
+    (workplace / "mine.csv").write_text("\n".join(["key;label", *rows[1:]]) + "\n")
+    assert run("eval", *quick, "probe.probes=[labels]", "probe.labels=mine.csv") in (0, 2)
+    assert (workplace / "r" / "view_retrieval_step00000001_N24_earlier.json").is_file()  # of other labels
 
 
 def test_probes_are_chosen_by_group_and_by_key(masked_root, workplace, capfd):

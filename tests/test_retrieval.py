@@ -7,7 +7,16 @@ from scipy import stats
 
 from dinoct.config import ProbeConfig
 from dinoct.evals.features import histogram_encoder, pixel_encoder
-from dinoct.evals.retrieval import dispersion, key_ranks, patient_interval, score
+from dinoct.evals.retrieval import (
+    Retrieval,
+    dispersion,
+    key_ranks,
+    patient_interval,
+    patients_weighing,
+    score,
+    score_hard,
+    spectrum,
+)
 from dinoct.evals.verdict import checks
 
 
@@ -33,6 +42,25 @@ def test_a_constant_encoder_wins_nothing_by_ties(n):
     assert got.top1 == 0
     assert got.top5 == (1 if n < 10 else 0)
     assert got.mean_percentile_rank == pytest.approx(0.5)
+
+
+def test_vectors_that_are_nearly_the_same_are_told_apart():
+    """Those of an untrained encoder with a LayerScale of 1e-5: their cosines differ by less than float32 has digits."""
+    own = randn(300, 64)
+    first, second = (1 + 1e-5 * (own + 0.1 * randn(300, 64, seed=seed)) for seed in (1, 2))
+    assert score(first, second).mean_percentile_rank < 0.01
+    assert score_hard(first, second, second.roll(1, 0).unsqueeze(1))["top1"] > 0.98
+
+
+@pytest.mark.parametrize("n", [5, 10, 11, 20, 22, 40, 49, 4096])
+def test_the_ratio_is_a_number_of_slices(n):
+    assert Retrieval(n, 3 / n, 0.0, np.zeros(n)).ratio == 3
+
+
+def test_features_that_are_zero_have_figures():
+    spread = dispersion(torch.zeros(9, 4))
+    assert (spread["feature_std"], spread["effective_rank"]) == (0.0, 1.0)
+    assert spectrum(torch.zeros(9, 4)) == [0.0] * 4
 
 
 def test_chunks_do_not_matter():
@@ -63,6 +91,25 @@ def test_the_interval_over_few_patients_holds_the_truth_as_often_as_it_says(pati
         passed += high < 0
     assert 0.92 < held / times < 0.98
     assert passed / times < 0.05
+
+
+@pytest.mark.parametrize("slices", [[150, 150, 2, 2, 2, 2, 2], [300, 300] + [1] * 10, [10, 300, 300]])
+def test_patients_of_few_slices_do_not_make_the_interval_narrow(slices):
+    """They add to the heads, and next to nothing to the mean: of an encoder that learned nothing .1 passed so."""
+    rng, held, passed, times = np.random.default_rng(0), 0, 0, 1000
+    which = np.repeat(np.arange(len(slices)), slices)
+    for _ in range(times):
+        values = rng.normal(0, 0.03, len(slices))[which] + rng.normal(0, 0.1, len(which))
+        low, high = patient_interval(values, which)
+        held += low <= 0 <= high
+        passed += high < 0
+    assert held / times > 0.94
+    assert passed / times < 0.04
+
+
+def test_patients_are_counted_by_what_they_weigh():
+    assert patients_weighing(np.repeat(np.arange(6), 50)) == pytest.approx(6)
+    assert patients_weighing(np.repeat(np.arange(7), [150, 150, 2, 2, 2, 2, 2])) == pytest.approx(2.13, abs=0.01)
 
 
 def test_the_interval_is_students_where_patients_have_as_many_slices():

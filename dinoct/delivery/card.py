@@ -132,6 +132,8 @@ def find_evaluation(folder: Path, step: int, weights_sha256: str) -> tuple[dict[
     found: list[tuple[bool, int, int, str, dict[str, Any]]] = []
     others: list[str] = []
     for path in sorted(folder.glob(f"view_retrieval_step{step:08d}_N*.json")):
+        if "_earlier" in path.name:  # of other settings, and superseded
+            continue
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             if report.get("weights_sha256") == weights_sha256:

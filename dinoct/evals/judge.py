@@ -17,6 +17,7 @@ from dinoct.data.labels import Labels
 from dinoct.data.masks import MaskError, MaskStore
 from dinoct.data.store import SliceStore
 from dinoct.data.views import probe_spec
+from dinoct.errors import DinoctError
 from dinoct.evals.correspondence import Correspondence
 from dinoct.evals.features import (
     Encoder,
@@ -34,6 +35,7 @@ from dinoct.evals.retrieval import (
     dispersion,
     one_per_series,
     patient_interval,
+    patients_weighing,
     score,
     score_hard,
     spectrum,
@@ -84,6 +86,8 @@ def judge(
     whole = bool({"position", "scanner", "labels", "purity"} & set(probe.probes))
     look = patches.look if "correspondence" in probe.probes else None
     views = room.encode("views", room.views(rows, whole=whole), look=look)  # by encoder [n, 2 or 3, D]
+    if broken := int((~views["trained"].isfinite()).flatten(1).any(dim=1).sum()):
+        raise DinoctError(f"the encoder gives NaN or infinity for {broken} of {len(rows)} slices: it is broken")
     val = data.val.select(rows)
     report = _retrieval(views, val)
     report["probes"] = room.probes(views, rows, patches)
@@ -97,10 +101,12 @@ def _retrieval(views: Mapping[str, Tensor], val: SliceIndex) -> dict[str, Any]:
     """View retrieval of all encoders, with intervals over patients."""
     scores = {name: score(x[:, 0], x[:, 1]) for name, x in views.items()}
     patients, trained = val.patient, scores["trained"]
-    k = len(np.unique(patients))
-    report: dict[str, Any] = {"n": trained.n, "patients": k, "baseline": trained.baseline, **trained.summary()}
+    k, weighing = len(np.unique(patients)), patients_weighing(patients)
+    report: dict[str, Any] = {"n": trained.n, "patients": k, "patients_weighing": weighing}
+    report |= {"baseline": trained.baseline, **trained.summary()}
     report |= dispersion(views["trained"][:, 0])
-    report["intervals"] = f"over {k} patients, Student's t" if k > 1 else ONE_PATIENT
+    few = f" who weigh as {weighing:.1f}" if weighing < 0.9 * k else ""
+    report["intervals"] = f"over {k} patients{few}, Student's t" if k > 1 else ONE_PATIENT
     report["mean_percentile_rank_95"] = _interval(trained.percentile_ranks, patients, low=0)
     report["singular_values"] = spectrum(views["trained"][:, 0])
     if "random_init" in scores:

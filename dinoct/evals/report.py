@@ -1,6 +1,7 @@
 """A checkpoint's evaluation, from settings to files."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ UNSAID = ("batch_size", "labels", "masks")  # paths may hold names
 def evaluate(cfg: EvalConfig) -> int:
     """Judge the EMA teachers of one or several checkpoints on the validation patients, in the probe's windows.
 
-    Writes a JSON file and a picture beside each checkpoint or into `out`, and a curve where there are several.
+    Writes a JSON file and a picture beside each checkpoint or into `out`, and a curve of a run that has several.
 
     Returns:
         0 for a pass, 2 for a fail; of several checkpoints the last step's verdict counts.
@@ -57,10 +58,11 @@ def evaluate(cfg: EvalConfig) -> int:
     hardware = resolve(cfg.hardware)
     settle(hardware)
     reports = [_evaluate_one(path, folder, cfg, hardware) for path, folder in zip(paths, folders, strict=True)]
-    reports.sort(key=lambda report: report["step"])
-    if len(reports) > 1:
-        _write_curve(reports, Path(cfg.out) if cfg.out else paths[0].parent)
-    return DONE if reports[-1]["passed"] else FAILED
+    for folder in dict.fromkeys(folders):  # one of each run
+        of_run = [report for report, place in zip(reports, folders, strict=True) if place == folder]
+        if len(of_run) > 1:
+            _write_curve(sorted(of_run, key=lambda report: report["step"]), folder)
+    return DONE if max(reports, key=lambda report: report["step"])["passed"] else FAILED
 
 
 def find_checkpoints(value: Any) -> list[Path]:
@@ -70,6 +72,8 @@ def find_checkpoints(value: Any) -> list[Path]:
         ConfigError: for a folder without checkpoints.
     """
     found: list[Path] = []
+    if value == []:
+        raise ConfigError("checkpoint: name at least one, or a run's folder")
     for item in value if isinstance(value, list) else [value]:
         path = Path(str(item))
         if not path.is_dir():
@@ -82,7 +86,10 @@ def find_checkpoints(value: Any) -> list[Path]:
                 hint = f"; name one of its other files, such as checkpoint={others[-1]}"
             raise ConfigError(f"checkpoint: there is no checkpoint_STEP.pth in {path}{hint}")
         found += inside
-    return list(dict.fromkeys(found))
+    files = {}
+    for path in found:  # the final and the best checkpoint are other names of one of these
+        files.setdefault((path.stat().st_dev, path.stat().st_ino) if path.exists() else path, path)
+    return list(files.values())
 
 
 def report_folders(paths: list[Path], out: str | None) -> list[Path]:
@@ -154,8 +161,8 @@ def _evaluate_one(path: Path, out: Path, cfg: EvalConfig, hardware: Hardware) ->
 
 
 def _keep_earlier(name: Path, report: Mapping[str, Any]) -> None:
-    """A report that stands there with other settings, on other data or of other weights gets another name."""
-    same = ("settings", "judged_on", "weights_sha256")
+    """A report that stands there with other settings, on other data or labels or of other weights gets another name."""
+    same = ("settings", "judged_on", "weights_sha256", "labels_joined")
     try:
         earlier = json.loads(name.with_suffix(".json").read_text(encoding="utf-8"))
         if all(earlier.get(key) == report[key] for key in same):
@@ -193,7 +200,7 @@ def _probe_data(
     )
 
 
-def _joined(data: ProbeData) -> dict[str, int] | None:
+def _joined(data: ProbeData) -> dict[str, int | str] | None:
     """How far the table of labels and the data are about the same slices; also said."""
     if data.labels is None:
         return None
@@ -203,7 +210,9 @@ def _joined(data: ProbeData) -> dict[str, int] | None:
              train, len(fit.codes), val, len(judged.codes))  # fmt: skip
     if fit.unknown:
         log.warning("labels: %d of %d keys are no slice_id or series of the data", fit.unknown, fit.keys)
-    return {"keys": fit.keys, "keys_unknown": fit.unknown, "train_slices": train, "val_slices": val}
+    joined = hashlib.sha256(fit.codes.tobytes() + judged.codes.tobytes() + "\n".join(fit.names).encode())
+    found = {"keys": fit.keys, "keys_unknown": fit.unknown, "train_slices": train, "val_slices": val}
+    return {"sha256": joined.hexdigest()[:16], **found}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
