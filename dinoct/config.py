@@ -179,6 +179,7 @@ class ProbeConfig:
     seed: int = 0
     batch_size: int = 64
     min_ratio: float = 3.0  # pass: top1 / (1 / n) at least this
+    min_gain: float = 0.1  # pass: rank at least this share below the untrained one's, which is one draw of many
     min_feature_std: float = 0.2  # pass: normalised feature std at least this
     max_mean_cosine: float = 0.95  # pass: mean cosine between different slices at most this
     # pass, beside the three above: "FIGURE >= NUMBER" or "<=", such as "probes/masks/trained/dice >= 0.8"

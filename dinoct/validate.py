@@ -23,6 +23,7 @@ SCANNER = ("scanner_manufacturer", "scanner_kernel")  # what the probe named sca
 FIGURES = (  # of an evaluation, beside its probes and baselines
     "n",
     "patients",
+    "patients_weighing",
     "baseline",
     "top1",
     "top5",
@@ -91,6 +92,11 @@ def validate_probe(probe: ProbeConfig) -> None:
     for key in ("batch_size", "hard_n", "fit_n", "masks_n"):
         if getattr(probe, key) < 1:
             raise ConfigError(f"probe.{key} must be at least 1, not {getattr(probe, key)}")
+    for key in ("min_ratio", "min_gain", "min_feature_std", "max_mean_cosine"):
+        if math.isnan(getattr(probe, key)):
+            raise ConfigError(f"probe.{key} must be a number, not nan")
+    if not 0 <= probe.min_gain < 1:
+        raise ConfigError(f"probe.min_gain is a share of the untrained rank, from 0 to below 1, not {probe.min_gain:g}")
     if probe.seed < 0:
         raise ConfigError(f"probe.seed must be at least 0, not {probe.seed}")
     for rule in probe.rules:
@@ -128,8 +134,8 @@ def parse_rule(rule: str) -> tuple[str, str, float]:
     try:
         path, sign, bound = parts[0], parts[1], float(parts[2])
     except (IndexError, ValueError):
-        sign = ""
-    if sign not in (">=", "<=") or len(parts) != 3:
+        sign, bound = "", 0.0
+    if math.isnan(bound) or sign not in (">=", "<=") or len(parts) != 3:
         raise ConfigError(f'probe.rules: "{rule}" is not FIGURE >= NUMBER or FIGURE <= NUMBER')
     return path, sign, bound
 

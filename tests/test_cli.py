@@ -107,6 +107,8 @@ def trained(phantom_root, tmp_path_factory):
         (['checkpoint="Müller, A/x.pth"'], ["there is no checkpoint at Müller, A/x.pth"]),
         (["chéckpoint=x"], ["chéckpoint is not a setting"]),
         (["checkpoint={good}", "n=1e1"], ["n=1e1: it must be a whole number, such as 10"]),
+        (["checkpoint={good}", "probe.min_ratio=nan"], ["probe.min_ratio must be a number"]),
+        (["checkpoint={good}", "probe.min_gain=10"], ["probe.min_gain is a share of the untrained rank"]),
         (["checkpoint={good}", "probe.min_ratio=high"], ["probe.min_ratio=high: it must be a number"]),
         (["checkpoint={good}", "probe.rules=dice"], ["probe.rules=dice: a list stands in brackets"]),
         (["checkpoint={good}", "out={text}"], ["out: ", "text.pth cannot be written"]),

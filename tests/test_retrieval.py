@@ -135,6 +135,7 @@ def report(**changes) -> dict:
     ("changes", "failing"),
     [
         ({}, []),
+        ({"rank_minus_random_init_95": [-0.1, -0.02]}, ["rank"]),  # as one untrained encoder is ahead of another
         ({"ratio": 2.9}, ["ratio"]),
         ({"rank_minus_random_init_95": [-0.02, 0.01]}, ["rank"]),
         ({"rank_minus_random_init_95": None}, ["rank"]),

@@ -20,7 +20,7 @@ def checks(report: dict[str, Any], probe: ProbeConfig) -> dict[str, dict[str, An
             "passed": report["ratio"] >= probe.min_ratio,
             "says": f"ratio {report['ratio']:.1f}, needs {probe.min_ratio:g} (probe.min_ratio)",
         },
-        "rank": _rank_check(report),
+        "rank": _rank_check(report, probe.min_gain),
         "collapse": {
             "passed": std >= probe.min_feature_std and cosine <= probe.max_mean_cosine,
             "says": f"feature std {std:.3f}, needs {probe.min_feature_std:g} (raw {report['feature_std_raw']:.4f}); "
@@ -39,16 +39,20 @@ def _rule_check(report: dict[str, Any], rule: str) -> dict[str, Any]:
     return {"passed": value >= bound if sign == ">=" else value <= bound, "says": f"{value:.4g}, {needs}"}
 
 
-def _rank_check(report: dict[str, Any]) -> dict[str, Any]:
-    """Better than untrained for other patients too; of one patient alone that cannot be known, which is no pass."""
+def _rank_check(report: dict[str, Any], min_gain: float) -> dict[str, Any]:
+    """Better than untrained for other patients too; of one patient alone that cannot be known, which is no pass.
+
+    By a share, since the untrained encoder is one draw, whose luck no interval over patients holds: of 20 draws of the
+    demo's shape, judged on eight patients, one in 13 was better than another beyond the interval (docs/lab-notes.md).
+    """
     random_rank = report["baselines"]["random_init"]["mean_percentile_rank"]
     says = f"mean percentile rank {report['mean_percentile_rank']:.3f} against {random_rank:.3f} untrained"
     interval = report["rank_minus_random_init_95"]
     if interval is None:
         return {"passed": False, "says": f"{says}; {ONE_PATIENT}, hold out more (split.val_fraction)"}
-    high = interval[1]
-    says += f", 95 % interval of the difference up to {high:+.3f}, needs below 0"
-    return {"passed": high < 0, "says": says}
+    high, needs = interval[1], -min_gain * random_rank
+    says += f", 95 % interval of the difference up to {high:+.3f}, needs below {needs:.3f} (probe.min_gain)"
+    return {"passed": high < needs, "says": says}
 
 
 def figure(report: dict[str, Any], path: str) -> float | str:
