@@ -4,7 +4,6 @@ Nothing heavy is imported here, so that `--help` and a mistyped key answer at on
 """
 
 import argparse
-import difflib
 import errno
 import os
 import re
@@ -28,12 +27,15 @@ from dinoct.errors import DinoctError
 from dinoct.stopping import hand_on
 from dinoct.typed import (
     QUOTING,
+    is_number,
     keep_text,
+    meant,
     option_keys,
     quoted,
     refuse_empty_values,
     refuse_unknown_additions,
     refuse_what_hydra_cannot_parse,
+    stands_alone,
     sweep_argument,
 )
 
@@ -159,18 +161,21 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
         key = override.lstrip("+~").split("=", 1)[0]
         unknown = "=" in override and not override.startswith("hydra") and key not in known
         if unknown and f"'{key.rsplit('.', 1)[-1]}'" in text.replace(key, key.rsplit(".", 1)[-1]):
-            near = difflib.get_close_matches(key, known, n=1)
-            return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "") + " (see --cfg job)"
+            return f"{key} is not a setting{meant(key, schema)} (see --cfg job)"
     if isinstance(error, OverrideParseException):
         key = error.override.lstrip("+~").split("=", 1)[0]
-        if key not in known and not key.startswith("hydra"):
-            return f"{key} is not a setting (see --cfg job)"
         if "=" not in error.override:
-            return f"{key} stands there without a value: a setting is {key}=VALUE, in one word"
+            return stands_alone(key, schema)
+        if key not in known and not key.startswith("hydra"):
+            return f"{key} is not a setting{meant(key, schema)} (see --cfg job)"
+        if is_number(key, schema):
+            return f"{error.override} cannot be read: {key} takes one number, and each setting is a word of its own"
         return f"{error.override} cannot be read: {QUOTING}: {quoted(error.override)}"
     if text.startswith("Ambiguous value for argument"):
         typed = text.splitlines()[0].split("'", 1)[1].removesuffix("'")
         key, _, values = typed.partition("=")
+        if is_number(key, schema):
+            return f"{typed}: {key} takes one number, with a decimal point; several are a sweep (-m)"
         return f"{typed}: several values are a sweep (-m) or a list, '{key}=[{values}]'; {QUOTING}: {quoted(typed)}"
     if "missing mandatory value:" in text.lower():
         key = text.rsplit(":", 1)[1].split()[0]
@@ -181,6 +186,8 @@ def explain_config_error(error: Exception, schema: type, overrides: Sequence[str
     text = re.sub(r"Value '(.*?)' of type '\w+' could not be converted to Integer", _whole_number, text)
     text = re.sub(r"Value '.*?' of type '\w+' could not be converted to Float", "it must be a number", text)
     text = re.sub(r"Invalid value assigned: \w+ is not a ListConfig, list or tuple", "a list stands in brackets", text)
+    text = re.sub(r"(\S+)=(\S+): a list stands in brackets", r"\g<0>: \1=[\2]", text)
+    text = re.sub(r"=\[\S+: it must be a number", r"\g<0>; a sweep (-m) has no brackets", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     drop = (
         "full_key:",

@@ -28,7 +28,8 @@ def refuse_sweep(arguments: Sequence[str]) -> None:
     for argument in arguments:
         value = argument.removeprefix("source=")
         if value != argument and value[:1] not in ("[", "'", '"') and any(c in value for c in ",(){}[]= "):
-            raise ConfigError("source: a path with spaces, commas or brackets needs quotes: \"source='/data/A, B'\"")
+            quotes = "a path with spaces, commas or brackets needs quotes: \"source='/data/A, B'\""
+            raise ConfigError(f"source: {quotes}; several folders are source=[ONE,TWO]")
 
 
 def cli() -> None:

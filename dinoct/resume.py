@@ -48,6 +48,8 @@ def find_checkpoint(resume: str, run_dir: str | None = None) -> tuple[Checkpoint
     """
     path = Path(resume)
     path = path.resolve() if path.is_symlink() and path.is_file() else path
+    if resume != "auto" and not path.exists():
+        raise CheckpointError(f"resume={resume}: there is no checkpoint at {path}; auto goes on with the newest run")
     if resume != "auto" and (not path.is_dir() or is_sharded(path)):
         return load(path), []
     runs = newest_runs()

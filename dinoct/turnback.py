@@ -57,10 +57,13 @@ def turn_back(folder: Path, going_on: Path, line: Line) -> Turned:
     """
     step, regular = line.step, folder / checkpoints.checkpoint_name(line.step)
     moved: list[Path] = []
-    if not going_on.is_dir() and not (regular.is_file() and checkpoints.same_state(regular, going_on)):
+
+    def is_it(path: Path) -> bool:  # another line may have come to the same state, and is another one in what follows
+        return path.is_file() and checkpoints.same_state(path, going_on) and line.came_by(line_to(path, step))
+
+    if not going_on.is_dir() and not is_it(regular):
         with linking(going_on, regular):
-            of_step = [path for path in folder.iterdir() if _step(path) == step]
-            others = [path for path in of_step if not (path.is_file() and checkpoints.same_state(path, going_on))]
+            others = [path for path in folder.iterdir() if _step(path) == step and not is_it(path)]
             moved += _set_aside(others, keep=regular)  # it is replaced: until then the folder goes on from there
     moved += _set_aside(path for path in folder.iterdir() if _step(path) > step)
     before = [path for path in folder.iterdir() if 0 <= _step(path) < step]

@@ -11,9 +11,19 @@ from typing import Any
 
 from hydra._internal.utils import get_args_parser
 
+from dinoct.config import DoctorConfig, EmbedConfig, EvalConfig, ExportConfig, MonitorConfig, PrepareConfig, TrainConfig
 from dinoct.errors import ConfigError
 from dinoct.legacy import quote
 
+COMMANDS = {
+    "train": TrainConfig,
+    "prepare": PrepareConfig,
+    "eval": EvalConfig,
+    "monitor": MonitorConfig,
+    "export": ExportConfig,
+    "embed": EmbedConfig,
+    "doctor": DoctorConfig,
+}
 _TEXTS = (str, str | None, list[str], list[str] | None, Any)
 _NO_TEXT = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d[\d_]*)?|[+-]?(inf|nan)|true|false", re.I)
 QUOTING = "a value with more than plain letters, digits and ._-/: needs quotes, for the shell too"
@@ -120,3 +130,31 @@ def option_types(schema: type, prefix: str = "") -> list[tuple[str, Any]]:
         if is_dataclass(item.type):
             found += option_types(item.type, f"{name}.")
     return found
+
+
+def is_number(key: str, schema: type) -> bool:
+    """Whether a setting takes one number."""
+    return dict(option_types(schema)).get(key) in (int, float, int | None, float | None)
+
+
+def meant(key: str, schema: type) -> str:
+    """What a key that is no setting of a command was meant to be, in words; empty where nobody knows."""
+    if others := [name for name, other in COMMANDS.items() if other is not schema and key in option_keys(other)]:
+        return f" of this command but of {' and '.join(f'dinoct-{name}' for name in others)}"
+    last = key.rsplit(".", 1)[-1]
+    near = [known for known in option_keys(schema) if known.rsplit(".", 1)[-1] == last]
+    near = near or difflib.get_close_matches(key, {*option_keys(schema), "experiment", "sweep"}, n=1)
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def stands_alone(word: str, schema: type) -> str:
+    """What is wrong with a word without "=". It is not repeated where it may be a folder with a patient's name."""
+    keys = option_keys(schema)
+    if word in keys:
+        return f"{word} stands there without a value: a setting is {word}=VALUE, in one word"
+    place = next(key for key in ("checkpoint", "source", "resume", "data.root") if key in keys)
+    what = "a word" if "source" in keys else word
+    return (
+        f"{what} stands there without a key: a setting is KEY=VALUE, a path stands behind its key ({place}=PATH), and "
+        f"a value with spaces needs quotes, for the shell too: '{place}=\"A B\"'"
+    )

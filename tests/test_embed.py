@@ -97,6 +97,7 @@ def test_embed_of_one_patient_needs_no_split_and_keeps_the_set_where_asked(expor
     ("arguments", "says"),
     [
         ([], ["source=... is needed"]),
+        (["/nowhere/Doe"], ["a word stands there without a key"]),
         (["source=/nowhere/Doe"], ["source: number 1 of 1 does not exist"]),
         (["source=/nowhere/Doe_é"], ["source=... cannot be read", """'source="..."'"""]),
         (["data.root=/nowhere"], ["data.root: there is no index at /nowhere"]),

@@ -128,7 +128,7 @@ def test_shares_in_bf16_and_checkpointed_train_as_one_process(phantom_root, work
 
 
 @pytest.mark.long
-def test_shares_are_are_resumed_by_any_number_of_ranks(phantom_root, workplace, alone):
+def test_shares_are_resumed_by_any_number_of_ranks(phantom_root, workplace, alone):
     """Two ranks write their shares, one process goes on from them and makes one file, two go on from shares again."""
     folder = workplace / "run"
     sharded = [*ranks("fsdp", 4), "ckpt.sharded=true", "ckpt.every=1", "ckpt.keep_last=2"]

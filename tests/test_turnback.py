@@ -169,6 +169,18 @@ def test_what_rotation_dropped_is_not_taken_up_again(tmp_path):
     assert turn_back(tmp_path, last, line(80, A, [40, "c"])) == ([], [])
 
 
+def test_a_branch_that_came_to_the_same_state_is_another_one(tmp_path):
+    """As where a run went back and forth with no setting changed: the next start must not set its file aside."""
+    state = {"weights": torch.ones(1)}
+    for name, starts in (("abandoned_00000040", [A]), ("checkpoint_00000040", [A, B])):
+        checkpoints.save(tmp_path / f"{name}.pth", state, {"step": 40, "starts": starts})
+    turned = turn_back(tmp_path, tmp_path / "abandoned_00000040.pth", line(40, A))
+    assert [path.name for path in turned.left] == ["abandoned_00000040x.pth"]
+    regular = tmp_path / "checkpoint_00000040.pth"
+    assert line_to(regular, 40) == line(40, A)
+    assert turn_back(tmp_path, regular, line(40, A)) == ([], [])
+
+
 def test_the_last_file_of_a_finished_branch_is_taken_up_too(tmp_path):
     """Its regular name was rotated away when the run went on."""
     write(tmp_path, "abandoned_final_00000040.pth", A)

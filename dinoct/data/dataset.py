@@ -38,7 +38,9 @@ def data_paths(data: DataConfig) -> tuple[Path, Path, Path]:
     split = Path(data.split_manifest) if data.split_manifest else default_split(root / "_splits", data.split_seed)
     if not index.is_file():
         key = "data.index_csv" if data.index_csv else "data.root"
+        above = [place for place in root.absolute().parents if (place / "_index" / "index.csv").is_file()]
         cure = f"run dinoct-prepare source=... data.root={root}, or give the {key}=... that has one"
+        cure = f"data.root={above[0]} has one" if above else cure
         raise ConfigError(f"{key}: there is no index at {index.absolute()}; {cure}")
     if not split.is_file():
         have = ", ".join(sorted(path.name for path in split.parent.glob("*.json"))) or "none"

@@ -76,6 +76,8 @@ def find_checkpoints(value: Any) -> list[Path]:
         raise ConfigError("checkpoint: name at least one, or a run's folder")
     for item in value if isinstance(value, list) else [value]:
         path = Path(str(item))
+        if not path.exists():
+            raise ConfigError(f"checkpoint: there is no checkpoint at {path}")
         if not path.is_dir():
             found.append(path)
             continue
