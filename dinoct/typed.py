@@ -150,7 +150,7 @@ def meant(key: str, schema: type) -> str:
 def stands_alone(word: str, schema: type) -> str:
     """What is wrong with a word without "=". It is not repeated where it may be a folder with a patient's name."""
     keys = option_keys(schema)
-    if word in keys:
+    if word in (*keys, "experiment"):
         return f"{word} stands there without a value: a setting is {word}=VALUE, in one word"
     place = next(key for key in ("checkpoint", "source", "resume", "data.root") if key in keys)
     what = "a word" if "source" in keys else word

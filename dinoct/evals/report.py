@@ -69,7 +69,7 @@ def find_checkpoints(value: Any) -> list[Path]:
     """The files that ``checkpoint=FILE``, ``checkpoint=RUN`` (all of its checkpoints) or a list of these means.
 
     Raises:
-        ConfigError: for a folder without checkpoints.
+        ConfigError: for none, for a path where there is nothing, and for a folder without checkpoints.
     """
     found: list[Path] = []
     if value == []:
@@ -88,9 +88,10 @@ def find_checkpoints(value: Any) -> list[Path]:
                 hint = f"; name one of its other files, such as checkpoint={others[-1]}"
             raise ConfigError(f"checkpoint: there is no checkpoint_STEP.pth in {path}{hint}")
         found += inside
-    files = {}
+    files: dict[tuple[int, int], Path] = {}
     for path in found:  # the final and the best checkpoint are other names of one of these
-        files.setdefault((path.stat().st_dev, path.stat().st_ino) if path.exists() else path, path)
+        stat = path.stat()
+        files.setdefault((stat.st_dev, stat.st_ino), path)
     return list(files.values())
 
 
