@@ -9,6 +9,7 @@ A run folder::
       checkpoint_best_00000200.pth     best mean percentile rank of the evaluations in training (eval.every)
       emergency_00000123.pth           the state when training went wrong: before a NaN, or at a sign of collapse
       abandoned_00000500.pth           of another line than the checkpoint that the run was resumed from
+      abandoned_metrics.jsonl          the records of such lines
       metrics.jsonl train.log tb/ wandb/ monitor/step_00001000/
 
 A checkpoint is tensors plus JSON in torch's zip container: ``{"meta": str, "state": nested dicts of tensors}``. It is

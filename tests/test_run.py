@@ -626,7 +626,7 @@ def test_patients_of_the_weights_that_a_run_started_from_are_not_new_to_it(phant
     capfd.readouterr()
     assert run("eval", "checkpoint=c", *typed) in (0, 2)
     assert "make sure" not in capfd.readouterr().out
-    torch.save(torch.load(workplace / "a" / "checkpoint_00000001.pth")["state"]["model"], workplace / "bare.pth")
+    torch.save(weights(workplace / "a" / "checkpoint_00000001.pth"), workplace / "bare.pth")
     assert train(phantom_root, workplace / "d", "train.max_steps=1", "model.init_from=bare.pth") == 0
     assert "whom its weights were trained on is not known" in " ".join(capfd.readouterr().out.split())
     assert run("eval", "checkpoint=d", *typed) in (0, 2)
